@@ -1,0 +1,341 @@
+"""Typed run configurations: one TOML file, one result.
+
+A table of the file is a section, a section is a frozen dataclass. What a user can get wrong is
+refused before work starts: unknown keys with the nearest name, wrong types and ranges with what
+came and what was wanted, keys that contradict each other. All faults of a file are reported
+together, one line each, with the full dotted key.
+"""
+
+import copy
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import indent
+from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+T = TypeVar("T")
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """``[data]``: the data set and what of it is to be forgotten, as ``data.split`` takes it."""
+
+    forget: int | tuple[int, ...] | float
+    source: str = "digits"
+    data_dir: str | None = None
+    scope: Literal["class", "classes", "samples", "random"] = "class"
+    split_seed: Natural = 0
+    validation: Share = 0.0  # of the training set, for early stopping and tuning
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """``[model]``: a network of ours by ``name``, or the user's by ``factory``; never both.
+
+    All other keys of the table are ``options``, the arguments of the network.
+    """
+
+    name: str | None = "mlp"
+    factory: str | None = None  # "package.module:function"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.name is None) != (self.factory is None),
+            f"name = {self.name!r} and factory = {self.factory!r}; write exactly one of them",
+        )
+        _require(
+            self.factory is None or all(self.factory.partition(":")),
+            f"factory = {self.factory!r}; write 'package.module:function'",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """``[train]``: SGD of the original and the retrained model, or where trained weights lie.
+
+    ``checkpoint`` (an orbax folder) or ``weights`` (a third-party file) takes its place.
+    The defaults are the recipe of the digits MLP.
+    """
+
+    epochs: Positive = 60
+    batch_size: Positive = 96
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
+    momentum: Share = 0.9
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
+    schedule: Literal["cosine", "steps", "constant"] = "cosine"
+    warmup_epochs: Natural = 0
+    milestones: tuple[Positive, ...] = ()  # epochs after warm-up where "steps" applies decay
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.2
+    patience: Positive | None = None  # epochs without validation gain; then the best weights
+    crop: Natural = 0
+    flip: bool = False
+    checkpoint: str | None = None
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            self.warmup_epochs < self.epochs,
+            f"warmup_epochs = {self.warmup_epochs}, wanted fewer than epochs = {self.epochs}",
+        )
+        _require(
+            bool(self.milestones) == (self.schedule == "steps"),
+            f'milestones = {list(self.milestones)} with schedule = "{self.schedule}"; '
+            'schedule = "steps" needs milestones, and no other schedule reads them',
+        )
+        _require(
+            list(self.milestones) == sorted(set(self.milestones)),
+            f"milestones = {list(self.milestones)}, wanted epochs in rising order",
+        )
+        _require(
+            self.checkpoint is None or self.weights is None,
+            "checkpoint and weights exclude each other; write one of them",
+        )
+
+
+@dataclass(frozen=True)
+class RetrainConfig:
+    """``[retrain]``: the reference, trained like the original but without the forget data."""
+
+    enabled: bool = True
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class UnlearnConfig:
+    """``[unlearn]``: the method; all other keys are ``options``, those of the method's config."""
+
+    method: str = "unsc"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """``[evaluate]``: how the models are compared."""
+
+    retain_sample: Positive | None = None  # None: 5,000 of more than 20,000 images, else all
+    batch_size: Positive = 512
+    members: Literal["first", "random"] = "first"  # retain images of the membership attack
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: train, retrain, unlearn, evaluate, and the folder for the report."""
+
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    retrain: RetrainConfig = field(default_factory=RetrainConfig)
+    unlearn: UnlearnConfig = field(default_factory=UnlearnConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    seed: Natural = 0
+    out: str = "runs/run"
+
+    def __post_init__(self) -> None:
+        _require(
+            self.train.patience is None or self.data.validation > 0,
+            f"train.patience = {self.train.patience} needs validation data; "
+            "write data.validation = 0.1, say, or leave patience out",
+        )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a run's TOML file; ``out`` defaults to ``runs/<stem of the file>``.
+
+    Args:
+      path: the file.
+      overrides: ``section.key=value`` with TOML values; what is no TOML is taken as a string.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: invalid TOML, or all faults of the content, one line each.
+
+    Examples:
+      >>> path = getfixture("tmp_path") / "toy.toml"
+      >>> _ = path.write_text("data.forget = 3")
+      >>> config = load_config(path, ["data.source=tfds:cifar10", "train.epochs=5"])
+      >>> config.data.source, config.train.epochs, config.out
+      ('tfds:cifar10', 5, 'runs/toy')
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; wanted the TOML file of a run")
+    try:
+        tables = {"out": f"runs/{path.stem}"} | tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from error
+    try:
+        return config_from_mapping(tables, overrides)
+    except ValueError as error:
+        raise ValueError(f"{path}:\n{indent(str(error), '  ')}") from error
+
+
+def config_from_mapping(mapping: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """The run config that a mapping like that of a TOML file describes.
+
+    Examples:
+      >>> config_from_mapping({"data": {"forget": 3}, "unlearn": {"energy": 0.9}}).unlearn
+      UnlearnConfig(method='unsc', options={'energy': 0.9})
+    """
+    tables = copy.deepcopy(dict(mapping))
+    for override in overrides:
+        _apply(override, tables)
+    for section, named in (("model", ("name", "factory")), ("unlearn", ("method",))):
+        if isinstance(table := tables.get(section), dict):
+            options = {key: table.pop(key) for key in list(table) if key not in named}
+            tables[section] = table | {"options": options}
+            if table.get("factory") is not None:  # the default network gives way to the user's
+                tables[section].setdefault("name", None)
+    return typed(RunConfig, tables, where="")
+
+
+def to_mapping(config: RunConfig) -> dict[str, Any]:
+    """The JSON-able mapping from which ``config_from_mapping`` gives the same config again.
+
+    Examples:
+      >>> config = config_from_mapping({"data": {"forget": [1, 3], "scope": "classes"}})
+      >>> config_from_mapping(to_mapping(config)) == config
+      True
+    """
+    tables = json.loads(json.dumps(dataclasses.asdict(config)))
+    for section in ("model", "unlearn"):
+        tables[section] |= tables[section].pop("options")
+    return tables
+
+
+def fingerprint(mapping: Mapping[str, Any]) -> str:
+    """Twelve hex digits that name a mapping's content, whatever the order of its keys.
+
+    Examples:
+      >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+      True
+    """
+    return hashlib.sha256(json.dumps(mapping, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def typed(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
+    """A frozen dataclass from a mapping, with TOML's types: 1 is a float too, true and "1" no 1.
+
+    Args:
+      cls: dataclass; tables are dataclass fields, ranges ``Annotated[int, Field(ge=1)]``.
+      mapping: its values; missing keys take their defaults.
+      where: dotted key of the mapping, for the messages.
+
+    Raises:
+      ValueError: unknown, missing or wrong keys, one line each.
+
+    Examples:
+      >>> typed(RetrainConfig, {"enable": False}, where="retrain")
+      Traceback (most recent call last):
+      ValueError: retrain.enable: unknown key; did you mean retrain.enabled?
+    """
+    faults = list(_unknown_keys(cls, mapping, where))
+    try:
+        # Strict JSON knows exactly TOML's types; strict Python would refuse tables and arrays.
+        value = TypeAdapter(cls).validate_json(json.dumps(mapping, default=str), strict=True)
+    except ValidationError as error:
+        faults += _wrong_values(error, mapping, where)
+    _require(not faults, "\n".join(faults))
+    return value
+
+
+def reference_data() -> Path | None:
+    """``$JAXUNLEARN_DATA``, else the folder ``shared`` beside the project's root, else None."""
+    if named := os.environ.get("JAXUNLEARN_DATA"):
+        return Path(named)
+    sibling = Path(__file__).resolve().parents[2] / "shared"
+    return sibling if sibling.is_dir() else None
+
+
+def resolve_path(text: str) -> Path:
+    """The file or folder that a config names: as given, else among the reference data.
+
+    Expands ``~`` and environment variables. A relative path is looked for in the working directory,
+    then in ``data/`` and ``data/weights/`` of ``reference_data()``.
+
+    Raises:
+      FileNotFoundError: names every place looked at.
+
+    Examples:
+      >>> resolve_path("/no/such.npz")
+      Traceback (most recent call last):
+      FileNotFoundError: /no/such.npz: not found at /no/such.npz...
+    """
+    given = Path(os.path.expandvars(text)).expanduser()
+    root = reference_data()
+    folders = [Path.cwd()] + ([root / "data", root / "data" / "weights"] if root else [])
+    # Joining an absolute path discards the folder: then one place is left.
+    places = list(dict.fromkeys(folder / given for folder in folders))
+    for place in places:
+        if place.exists():
+            return place
+    hint = "" if root else "; JAXUNLEARN_DATA, the folder of reference data, is not set"
+    raise FileNotFoundError(f"{text}: not found at {' or '.join(map(str, places))}{hint}")
+
+
+def _apply(override: str, tables: dict[str, Any]) -> None:
+    key, _, text = override.partition("=")
+    *sections, name = key.strip().split(".")
+    _require(
+        bool(name and text), f"override {override!r}: write section.key=value, e.g. train.epochs=10"
+    )
+    for section in sections:
+        tables = tables.setdefault(section, {})
+        _require(isinstance(tables, dict), f"override {override!r}: {section} is not a table")
+    try:
+        tables[name] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        tables[name] = text.strip()
+
+
+def _unknown_keys(cls: type, mapping: Mapping[str, Any], where: str) -> Iterator[str]:
+    fields = get_type_hints(cls)
+    prefix = f"{where}." if where else ""
+    for key, value in mapping.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(fields)}"
+            yield f"{prefix}{key}: unknown key; {hint}"
+        elif dataclasses.is_dataclass(fields[key]) and isinstance(value, Mapping):
+            yield from _unknown_keys(fields[key], value, prefix + key)
+
+
+def _wrong_values(error: ValidationError, mapping: Mapping[str, Any], where: str) -> list[str]:
+    """One line per key, where pydantic reports each member of a union as a fault of its own."""
+    lines: dict[str, str] = {}
+    for fault in error.errors(include_url=False):
+        key, got = where, cast(Any, mapping)
+        for part in fault["loc"]:
+            if not (isinstance(got, Mapping) and part in got):
+                break  # the rest is no key: a union's member, an array's index, a missing key
+            key, got = f"{key}.{part}".lstrip("."), got[part]
+        message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        message = message.replace("an object", "a table")
+        if any(isinstance(part, int) for part in fault["loc"]):
+            message += " in the array"
+        if fault["type"] == "missing":
+            missing = f"{key}.{fault['loc'][-1]}".lstrip(".")
+            lines[missing] = f"{missing}: missing, and it has no default"
+        elif fault["type"] == "value_error":
+            lines[key] = f"{key}: {message}".removeprefix(": ")
+        elif key in lines:
+            lines[key] += f" or {message}"
+        else:
+            lines[key] = f"{key}: got {got!r} ({type(got).__name__}), wanted {message}"
+    return list(lines.values())

@@ -1,0 +1,138 @@
+"""The one contract of all methods: ``(key, problem, config) -> Unlearned``.
+
+A problem holds a trained model and its forget and retain data, never test data. What a method needs
+and which scopes it supports is declared in its :class:`Method` and checked, with everything else a
+caller can get wrong, before any compute.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.errors
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from jaxunlearn.batches import Batches
+from jaxunlearn.capture import ApplyFn
+from jaxunlearn.gram import GramState
+from jaxunlearn.training import Augment
+
+
+@dataclass(frozen=True, eq=False)
+class UnlearningProblem:
+    """A trained model and what it shall forget.
+
+    Attributes:
+      apply_fn: ``(variables, inputs, **flax_apply_kwargs) -> logits [b, k]``; inference mode by
+        default.
+      variables: trained variables with a ``params`` collection.
+      forget: forget data ``D_f``.
+      retain: retain data ``D_r``; None for methods that do not read them, or with ``grams``.
+      num_classes: ``k``.
+      forget_classes: classes forgotten as a whole; empty if ``forget`` is a set of samples.
+      augment: training-time augmentation ``(key, inputs) -> inputs``.
+      grams: ``{class: {path: GramState}}`` of the retain data; methods that get them never touch
+        ``retain``.
+    """
+
+    apply_fn: ApplyFn
+    variables: Mapping[str, Any]
+    forget: Batches
+    retain: Batches | None
+    num_classes: int
+    forget_classes: tuple[int, ...] = ()
+    augment: Augment | None = None
+    grams: Mapping[int, Mapping[str, GramState]] | None = None
+
+    @property
+    def scope(self) -> str:
+        """``"class"``, ``"classes"`` or ``"samples"``."""
+        return {0: "samples", 1: "class"}.get(len(self.forget_classes), "classes")
+
+
+class Unlearned(NamedTuple):
+    """Edited variables, and what the method reports about its run."""
+
+    variables: Mapping[str, Any]
+    info: dict[str, Any]
+
+
+class Method(NamedTuple):
+    """A row of ``METHODS``: the method, its config type, the data it needs, its scopes."""
+
+    name: str
+    run: Callable[[PRNGKeyArray, UnlearningProblem, Any], Unlearned]
+    config: type
+    needs: frozenset[str]
+    scopes: frozenset[str]
+    summary: str
+
+
+def check_problem(
+    problem: UnlearningProblem, *, method: str, needs: frozenset[str], scopes: frozenset[str]
+) -> None:
+    """Refuse a problem that a method cannot work on, before work starts.
+
+    Raises:
+      ValueError: a scope the method lacks; absent retain data that it needs; forget classes out of
+        range, absent from the forget data or still in the retain data; nothing left to retain; NaN
+        or inf in data or weights; inputs that the model does not accept; another number of logits.
+    """
+    if problem.scope not in scopes:
+        raise ValueError(
+            f"{method} does not support scope {problem.scope!r}, only {sorted(scopes)}"
+        )
+    if "retain" in needs and problem.retain is None and problem.grams is None:
+        raise ValueError(f"{method} needs retain data: pass retain=Batches(...), or grams={{...}}")
+    _check_classes(problem)
+    for where, batches in (("forget", problem.forget), ("retain", problem.retain)):
+        if batches is not None and not _finite(batches.inputs):
+            raise ValueError(f"NaN or inf in the {where} inputs; remove or repair these examples")
+    for path, leaf in jax.tree.leaves_with_path(problem.variables):
+        if not _finite(leaf):
+            raise ValueError(
+                f"NaN or inf in variables{jax.tree_util.keystr(path)}; unlearning needs a model "
+                "whose training did not diverge"
+            )
+    _check_model(problem)
+
+
+def _check_classes(problem: UnlearningProblem) -> None:
+    k, classes = problem.num_classes, set(problem.forget_classes)
+    if wrong := sorted(c for c in classes if not 0 <= c < k):
+        raise ValueError(f"forget_classes {wrong} are not among the classes 0 to {k - 1}")
+    if len(classes) >= k:
+        raise ValueError(f"all {k} classes would be forgotten; leave at least one to retain")
+    forget = set(np.unique(problem.forget.labels).tolist())
+    if outside := sorted(c for c in forget if not 0 <= c < k):
+        raise ValueError(f"labels {outside} of the forget data are not among the {k} classes")
+    if classes and forget != classes:
+        raise ValueError(
+            f"the forget data hold classes {sorted(forget)}, forget_classes says "
+            f"{sorted(classes)}; for a class scope they must be the same"
+        )
+    retained = set() if problem.retain is None else set(np.unique(problem.retain.labels).tolist())
+    if both := sorted(retained & classes):
+        raise ValueError(f"the retain data still hold the forgotten classes {both}; take them out")
+
+
+def _check_model(problem: UnlearningProblem) -> None:
+    inputs = problem.forget.inputs
+    batch = jax.ShapeDtypeStruct((problem.forget.batch_size, *inputs.shape[1:]), inputs.dtype)
+    try:
+        logits = jax.eval_shape(problem.apply_fn, problem.variables, batch)
+    except (flax.errors.FlaxError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the model does not accept forget inputs of shape {batch.shape} and dtype "
+            f"{batch.dtype}: {error}"
+        ) from error
+    wanted = (problem.forget.batch_size, problem.num_classes)
+    if logits.shape != wanted:
+        raise ValueError(f"the model returns {logits.shape} for a batch; wanted logits {wanted}")
+
+
+def _finite(x: Array) -> bool:
+    return not jnp.issubdtype(x.dtype, jnp.inexact) or bool(jnp.isfinite(x).all())

@@ -1,0 +1,355 @@
+"""UNSC: unlearning via null-space calibration (Chen et al., IJCAI 2024, arXiv:2404.13588).
+
+Every forget example is relabelled with the best remaining class of the original model, and the
+model is fine-tuned on the forget data alone, while weights move only in directions to which the
+retained data are blind. For a layer with retained input rows ``X``, kernel ``K`` and an orthonormal
+basis ``S`` of the rows' leading directions,
+
+    ỹ = argmax_{c ∉ C_f} f(x; θ_o)_c                 pseudo label, by the frozen original
+    K <- K - η (I - S Sᵀ) ∇_K CE(f(x; θ), ỹ)          projected step on forget data
+
+Since ``X S⊥ ≈ 0``, the layer's output on retained data stays, hence the next layer's input, and by
+induction the whole model's output (Theorem 1). That takes everything but kernels frozen (biases,
+norms and their statistics), inference mode, and a projection that comes last.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxunlearn.batches import Batches
+from jaxunlearn.capture import ApplyFn, describe_layers, layer_inputs
+from jaxunlearn.gram import accumulate_gram
+from jaxunlearn.layers import LayerSpec, Patches, kernel_as_matrix
+from jaxunlearn.linalg import RankRule
+from jaxunlearn.methods.base import Unlearned, UnlearningProblem, check_problem
+from jaxunlearn.methods.labels import excluded_classes, pseudo_label, pseudo_labels, random_label
+from jaxunlearn.methods.subspaces import Builder, Grams, RetainedSpace, retained_spaces
+from jaxunlearn.subspace import HIGHEST
+from jaxunlearn.training import (
+    Relabel,
+    TrainState,
+    accuracy,
+    epoch_inputs,
+    run_epoch,
+    train_step,
+)
+from jaxunlearn.transforms import mask_updates, project_updates
+
+NEEDS = frozenset({"forget", "retain"})
+SCOPES = frozenset({"class", "classes", "samples"})
+
+
+@dataclass(frozen=True)
+class UNSCConfig:
+    """Settings of UNSC; the defaults are the paper's algorithm with the authors' CIFAR-10 steps.
+
+    Attributes:
+      builder: how the retained subspace is built, see :mod:`jaxunlearn.methods.subspaces`.
+      energy: share of a class's trace to keep; one number, or one per class. By default .97
+        (concat), ``.97 + .003 · class`` (gpm; the authors' rule for ten classes), .99 (pooled).
+      merge_energy: share kept when concat merges the classes.
+      rank_rule: ``"below"`` keeps one direction fewer, as the reference code does.
+      patches: ``"valid"`` ignores padding and stride, as the reference code does.
+      images_per_class: images whose Gram is taken, drawn at random; None takes all.
+      images_per_layer: the first so many of these for each layer in turn (reference code).
+      augment_subspace: augment these images.
+      labels: ``"pseudo"``, or ``"random"``: uniform over the allowed classes, redrawn per batch.
+      project: False fine-tunes the kernels without a projection (ablation).
+      learning_rate: constant; tune it once per data set on training or validation data.
+      epochs: passes over the forget data.
+      batch_size: forget examples per step.
+      optimizer: ``"sgd"`` or ``"adam"``; the projection follows it, so both stay in the null space.
+      momentum: of SGD.
+      augment: augment forget images as in training (if the problem has an augmentation).
+      dropout: keep dropout on while unlearning, as the reference code does.
+      stop_below: stop after the first epoch with less accuracy on the forget data than this.
+    """
+
+    builder: Builder = "concat"
+    energy: float | tuple[float, ...] | None = None
+    merge_energy: float = 0.99
+    rank_rule: RankRule = "reach"
+    patches: Patches = "exact"
+    images_per_class: int | None = 256
+    images_per_layer: tuple[int, ...] | None = None
+    augment_subspace: bool = False
+    labels: Literal["pseudo", "random"] = "pseudo"
+    project: bool = True
+    learning_rate: float = 0.04
+    epochs: int = 25
+    batch_size: int = 512
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    momentum: float = 0.0
+    augment: bool = True
+    dropout: bool = False
+    stop_below: float | None = None
+
+    def __post_init__(self) -> None:
+        energies = self.energy if isinstance(self.energy, tuple) else (self.energy,)
+        for share in (*energies, self.merge_energy):
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"an energy of {share} is not a share in (0, 1]; write 0.97, say")
+        if isinstance(self.energy, tuple) and self.builder != "gpm":
+            raise ValueError('one energy per class belongs to builder = "gpm"; write one number')
+        if self.epochs < 1 or self.batch_size < 1 or self.learning_rate < 0:
+            raise ValueError(
+                f"epochs = {self.epochs}, batch_size = {self.batch_size}, learning_rate = "
+                f"{self.learning_rate}: wanted at least 1, at least 1 and at least 0"
+            )
+        if self.images_per_class is not None and self.images_per_class < 1:
+            raise ValueError(
+                f"images_per_class = {self.images_per_class}: wanted at least 1, or None for all"
+            )
+
+    def class_energy(self, k: int) -> float:
+        """Share of the trace of class ``k`` to keep."""
+        if isinstance(self.energy, tuple):
+            if k >= len(self.energy):
+                raise ValueError(f"energy has {len(self.energy)} entries, none for class {k}")
+            return self.energy[k]
+        if self.energy is not None:
+            return self.energy
+        return {"concat": 0.97, "pooled": 0.99, "gpm": min(0.97 + 0.003 * k, 1.0)}[self.builder]
+
+
+def unsc(
+    key: PRNGKeyArray, problem: UnlearningProblem, config: UNSCConfig | None = None
+) -> Unlearned:
+    """Unlearn classes or samples by projected fine-tuning on pseudo labels.
+
+    One forward pass over ``images_per_class`` retain examples of each class, one ``eigh`` per layer
+    and class, then ``epochs`` passes over the forget data; retain data are not read after that.
+
+    Args:
+      key: subspace images, batch order, augmentation.
+      problem: model and data; scopes class, classes and samples. For samples (an extension to the
+        paper) the subspace is that of all classes, and only a sample's own label is excluded.
+      config: settings.
+
+    Returns:
+      Variables in which only kernels of linear layers changed, and ``info``: per layer ``d_in``,
+      ``rank``, ``energy`` (share of the retained trace inside the protected space), ``leak``
+      (``‖SᵀΔK‖/‖ΔK‖``) and ``drift`` (``‖XΔK‖/‖XK‖`` on the retained rows, original inputs); per
+      epoch ``losses`` and ``forget_accuracy``; ``pseudo_labels [n]``; ``steps``.
+
+    Raises:
+      ValueError: see :func:`jaxunlearn.methods.base.check_problem`.
+      FloatingPointError: the loss is no longer finite.
+    """
+    config = config or UNSCConfig()
+    check_problem(problem, method="unsc", needs=NEEDS, scopes=SCOPES)
+    specs = describe_layers(problem.apply_fn, problem.variables, problem.forget.inputs[:1])
+    collect_key, order_key, step_key = jax.random.split(key, 3)
+    spaces: dict[str, RetainedSpace] = {}
+    if config.project:
+        spaces = retained_spaces(
+            class_grams(collect_key, problem, specs, config),
+            builder=config.builder,
+            energy=config.class_energy,
+            merge_energy=config.merge_energy,
+            rule=config.rank_rule,
+        )
+    optimizer = optax.chain(_base_optimizer(config), _restrict(problem, specs, spaces))
+    labels = pseudo_labels(problem)
+    forget = problem.forget.with_batch_size(config.batch_size)
+    variables, curves = _finetune(order_key, step_key, problem, forget, labels, config, optimizer)
+    info = curves | {
+        "steps": len(curves["losses"]) * len(forget),
+        "forget_passes": len(curves["losses"]),
+        "pseudo_labels": np.asarray(labels),
+        "layers": {
+            path: _layer_info(specs[path], space, problem.variables, variables)
+            for path, space in spaces.items()
+        },
+    }
+    return Unlearned(variables, info)
+
+
+def class_grams(
+    key: PRNGKeyArray,
+    problem: UnlearningProblem,
+    specs: Mapping[str, LayerSpec],
+    config: UNSCConfig,
+) -> Iterator[tuple[int, Grams]]:
+    """``(class, {path: Gram})`` of the retained classes in increasing order (Algorithm 1)."""
+    if problem.grams is not None:
+        for k in sorted(problem.grams.keys() - set(problem.forget_classes)):
+            yield k, {path: problem.grams[k][path].gram for path in specs}
+        return
+    assert problem.retain is not None  # check_problem
+    counts = config.images_per_layer or (config.images_per_class,) * len(specs)
+    if len(counts) != len(specs):
+        raise ValueError(
+            f"images_per_layer has {len(counts)} entries for {len(specs)} layers: {list(specs)}"
+        )
+    readers = {
+        count: layer_inputs(
+            problem.apply_fn,
+            {p: s for (p, s), c in zip(specs.items(), counts, strict=True) if c == count},
+        )
+        for count in dict.fromkeys(counts)
+    }
+    size = min(problem.retain.batch_size, config.images_per_class or problem.retain.batch_size)
+    for k in np.unique(problem.retain.labels).tolist():
+        draw_key, augment_key = jax.random.split(jax.random.fold_in(key, k))
+        images = _draw(draw_key, problem.retain.of_class(k), config.images_per_class)
+        if config.augment_subspace and problem.augment is not None:
+            views = problem.augment(augment_key, images.inputs)
+            images = Batches(views, images.labels, images.batch_size)
+        grams: Grams = {}
+        for count, reader in readers.items():
+            first = images.select(np.arange(min(count or images.num_examples, images.num_examples)))
+            states = accumulate_gram(
+                reader, problem.variables, first.with_batch_size(size), patches=config.patches
+            )
+            grams |= {path: state.gram for path, state in states.items()}
+        yield k, {path: grams[path] for path in specs}
+
+
+def _draw(key: PRNGKeyArray, images: Batches, count: int | None) -> Batches:
+    if count is None or count >= images.num_examples:
+        return images
+    return images.select(jax.random.choice(key, images.num_examples, (count,), replace=False))
+
+
+def _base_optimizer(config: UNSCConfig) -> optax.GradientTransformation:
+    if config.optimizer == "adam":
+        return optax.adam(config.learning_rate)
+    return optax.sgd(config.learning_rate, momentum=config.momentum or None)
+
+
+def _restrict(
+    problem: UnlearningProblem,
+    specs: Mapping[str, LayerSpec],
+    spaces: Mapping[str, RetainedSpace],
+) -> optax.GradientTransformation:
+    """Updates of kernels into the retained null spaces; without these, of kernels as they are."""
+    if spaces:
+        projectors = {path: space.projector for path, space in spaces.items()}
+        return project_updates(projectors, specs, complement=True)
+    kernels = {spec.kernel_path for spec in specs.values()}
+
+    def keep(path: tuple, leaf: Array) -> Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jnp.asarray(name in kernels, leaf.dtype)
+
+    return mask_updates(jax.tree.map_with_path(keep, problem.variables["params"]))
+
+
+def _finetune(
+    order_key: PRNGKeyArray,
+    step_key: PRNGKeyArray,
+    problem: UnlearningProblem,
+    forget: Batches,
+    labels: Int[Array, " n"],
+    config: UNSCConfig,
+    optimizer: optax.GradientTransformation,
+) -> tuple[Mapping[str, Any], dict[str, list[float]]]:
+    """Algorithm 2: projected steps on the relabelled forget data."""
+    augment = problem.augment if config.augment else None
+    # Labels of clean images never change, so they are computed once; those of augmented or random
+    # ones are made per batch from the true labels.
+    cached = config.labels == "pseudo" and augment is None
+    step = train_step(
+        _with_dropout(problem.apply_fn) if config.dropout else problem.apply_fn,
+        optimizer,
+        train=config.dropout,
+        augment=augment,
+        relabel=None if cached else _relabeller(problem, config),
+    )
+    consts = {
+        "inputs": forget.inputs,
+        "labels": labels if cached else forget.labels,
+        "key": step_key,
+        "teacher": None if cached else problem.variables,
+    }
+    state = TrainState(dict(problem.variables), optimizer.init(problem.variables["params"]))
+    losses, accuracies = [], []
+    for epoch in range(config.epochs):
+        xs = epoch_inputs(order_key, forget.num_examples, forget.batch_size, epoch)
+        state, metrics = run_epoch(step, consts, state, xs)
+        if not np.isfinite(metrics["loss"]):
+            raise FloatingPointError(
+                f"unsc: the loss is {metrics['loss']} in epoch {epoch + 1}: lower learning_rate"
+            )
+        losses.append(metrics["loss"])
+        accuracies.append(accuracy(problem.apply_fn, state.variables, forget))
+        if config.stop_below is not None and accuracies[-1] < config.stop_below:
+            break
+    return state.variables, {"losses": losses, "forget_accuracy": accuracies}
+
+
+def _relabeller(problem: UnlearningProblem, config: UNSCConfig) -> Relabel:
+    def relabel(
+        key: PRNGKeyArray, consts: Mapping[str, Any], inputs: Array, labels: Int[Array, " b"]
+    ) -> Int[Array, " b"]:
+        excluded = excluded_classes(labels, problem.forget_classes, problem.num_classes)
+        if config.labels == "random":
+            return jax.vmap(random_label)(jax.random.split(key, labels.shape[0]), excluded)
+        return jax.vmap(pseudo_label)(problem.apply_fn(consts["teacher"], inputs), excluded)
+
+    return relabel
+
+
+def _with_dropout(apply_fn: ApplyFn) -> Callable[..., Any]:
+    """Inference mode but for dropout, which stays on: what the reference code trains in.
+
+    Models switch dropout and batch norm by one flag, so the flag stays off and the dropout layers
+    are replaced while the model runs.
+    """
+
+    def drop(next_fn: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        layer = context.module
+        if not isinstance(layer, nn.Dropout) or context.method_name != "__call__":
+            return next_fn(*args, **kwargs)
+        x = args[0]
+        shape = [1 if axis in layer.broadcast_dims else n for axis, n in enumerate(x.shape)]
+        kept = jax.random.bernoulli(layer.make_rng(layer.rng_collection), 1 - layer.rate, shape)
+        return jnp.where(kept, x / (1 - layer.rate), jnp.zeros((), x.dtype))
+
+    def apply(variables: Any, inputs: Array, *, train: bool, **kwargs: Any) -> Any:
+        del train
+        with nn.intercept_methods(drop):
+            return apply_fn(variables, inputs, **kwargs)
+
+    return apply
+
+
+def _layer_info(
+    spec: LayerSpec, space: RetainedSpace, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> dict[str, float | int]:
+    """Whether the projection held: all of it measured on the kernels, none of it assumed."""
+    K, K_u = (kernel_as_matrix(spec, _kernel(spec, v["params"])) for v in (before, after))
+    change = K_u - K
+    protected = space.projector(change)
+    inside = jnp.sum(space.projector.dense() * space.gram)
+    return {
+        "d_in": spec.d_in,
+        "rank": int(jnp.max(space.projector.rank())),
+        "energy": _ratio(inside, jnp.trace(space.gram, axis1=-2, axis2=-1).sum()),
+        "leak": _ratio(jnp.linalg.norm(protected), jnp.linalg.norm(change)),
+        "drift": _ratio(_quadratic(space.gram, change), _quadratic(space.gram, K)) ** 0.5,
+    }
+
+
+def _kernel(spec: LayerSpec, params: Any) -> Array:
+    for name in spec.kernel_path.split("/"):
+        params = params[name]
+    return params
+
+
+def _quadratic(G: Float[Array, "*lead d d"], K: Float[Array, "*lead d m"]) -> Float[Array, ""]:
+    """``tr(Kᵀ G K) = ‖X K‖²``, clipped at 0."""
+    return jnp.maximum(jnp.sum(K * jnp.matmul(G, K, precision=HIGHEST)), 0)
+
+
+def _ratio(a: Array, b: Array) -> float:
+    return float(a / b) if b > 0 else 0.0

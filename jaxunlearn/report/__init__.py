@@ -1,0 +1,35 @@
+"""Reports: one dict of numbers in, JSON, Markdown, a page with figures and a terminal table out.
+
+The package knows the report's schema and nothing of how its numbers came about: it imports no other
+part of the library. ``example_report`` shows the schema.
+"""
+
+from jaxunlearn.report.confusion import confusion_pair
+from jaxunlearn.report.embedding import embedding_panels
+from jaxunlearn.report.example import example_arrays, example_report
+from jaxunlearn.report.figures import (
+    class_accuracy_bars,
+    pseudo_label_bars,
+    subspace_bars,
+)
+from jaxunlearn.report.files import write_report
+from jaxunlearn.report.gallery import report_figures
+from jaxunlearn.report.html import render_html
+from jaxunlearn.report.markdown import render_markdown
+from jaxunlearn.report.tables import console_table, summary_rows
+
+__all__ = [
+    "class_accuracy_bars",
+    "confusion_pair",
+    "console_table",
+    "embedding_panels",
+    "example_arrays",
+    "example_report",
+    "pseudo_label_bars",
+    "render_html",
+    "render_markdown",
+    "report_figures",
+    "subspace_bars",
+    "summary_rows",
+    "write_report",
+]

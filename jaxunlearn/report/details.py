@@ -1,0 +1,111 @@
+"""Details of a report as small tables: method, layers, attack, cost, data, environment, config."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxunlearn.report.tables import MISSING, MODELS, percent
+
+FACTS = ("name", "value")
+_LONGEST = 160
+
+
+class Section(NamedTuple):
+    """A titled table of printed cells; ``header`` is ``FACTS`` where it lists names and values."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+def details(report: Mapping[str, Any]) -> list[Section]:
+    """Everything else as small tables, from the method and its layers to the run's config.
+
+    Args:
+      report: the content of ``report.json``.
+
+    Returns:
+      Sections in reading order; those without content are left out.
+
+    Examples:
+      >>> from jaxunlearn.report.example import example_report
+      >>> [section.title for section in details(example_report())][:3]
+      ['Method: unsc', 'Layers', 'Membership attack']
+    """
+    counts = {name: n for name, n in report["problem"]["counts"].items() if n is not None}
+    info = dict(report["method"]["info"])
+    layers = info.pop("layers", None) or {}
+    leaks = [layer.get("leak") for layer in layers.values()]
+    if defined := [leak for leak in leaks if leak is not None]:
+        info["leak max"] = max(defined)
+    sections = [
+        Section(f"Method: {report['method']['name']}", FACTS, _facts(info)),
+        _layer_section(layers),
+        _attack_section(report["models"]),
+        _cost_section(report["seconds"], report["peak_memory_mb"]),
+        _pseudo_label_section(report["pseudo_labels"]),
+        Section("Data", ("set", "examples"), _facts(counts)),
+        Section("Environment", FACTS, _facts(report["environment"])),
+        Section("Config", FACTS, _facts(report["config"])),
+    ]
+    return [section for section in sections if section.rows]
+
+
+def printed(value: Any) -> str:
+    """One value as text: six digits, a dash for nothing, a long list cut short.
+
+    Examples:
+      >>> printed(0.1 + 0.2), printed(None), printed(True), printed([1, 2])
+      ('0.3', '—', 'true', '[1, 2]')
+    """
+    if value is None:
+        return MISSING
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… (whole in report.json)"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _facts(tree: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [(key, printed(value)) for key, value in _flat(tree)]
+
+
+def _layer_section(layers: Mapping[str, Any]) -> Section:
+    columns = list(dict.fromkeys(column for layer in layers.values() for column in layer))
+    rows = [(path, *(printed(layer.get(c)) for c in columns)) for path, layer in layers.items()]
+    return Section("Layers", ("layer", *columns), rows)
+
+
+def _attack_section(models: Mapping[str, Any]) -> Section:
+    flat = {
+        name: dict(_flat(models[name]["mia_detail"])) if models[name] else {} for name in MODELS
+    }
+    keys = list(dict.fromkeys(key for detail in flat.values() for key in detail))
+    rows = [(key, *(printed(flat[name].get(key)) for name in MODELS)) for key in keys]
+    return Section("Membership attack", ("", *MODELS), rows)
+
+
+def _pseudo_label_section(pseudo: Mapping[str, Any] | None) -> Section:
+    rows = []
+    if pseudo is not None and pseudo["retrained_histogram"] is not None:
+        rows = [
+            ("total variation", printed(pseudo["total_variation"])),
+            ("agreement", percent(pseudo["agreement"])),
+        ]
+    return Section("Pseudo-labels against the retrained model", FACTS, rows)
+
+
+def _cost_section(seconds: Mapping[str, Any], memory: Mapping[str, Any]) -> Section:
+    stages = list(dict.fromkeys([*seconds, *memory]))
+    rows = [(s, printed(seconds.get(s)), printed(memory.get(s))) for s in stages]
+    return Section("Time and memory", ("stage", "seconds", "peak memory (MB)"), rows)

@@ -1,0 +1,52 @@
+"""A report as GitHub Markdown: the page without its figures."""
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxunlearn.report.details import FACTS, details
+from jaxunlearn.report.tables import HEADER, summary_rows
+from jaxunlearn.report.wording import LIMITS, READING, findings, forgotten, title
+
+
+def render_markdown(report: Mapping[str, Any]) -> str:
+    """The report as Markdown with GitHub tables.
+
+    Args:
+      report: the content of ``report.json``.
+
+    Returns:
+      The text; names from the report are escaped.
+
+    Examples:
+      >>> from jaxunlearn.report.example import example_report
+      >>> print(render_markdown(example_report()).splitlines()[0])
+      # Unlearning report: unsc on made-up
+    """
+    blocks = [
+        f"# {_escape(title(report))}",
+        f"Asked to forget {_escape(forgotten(report['problem']))}.",
+        _bullets(findings(report)),
+        _table(HEADER, summary_rows(report)),
+        READING,
+    ]
+    if report["notes"]:
+        blocks += ["## Notes", _bullets(report["notes"])]
+    for section in details(report):
+        numeric = section.header != FACTS
+        blocks += [f"## {_escape(section.title)}", _table(section.header, section.rows, numeric)]
+    return "\n\n".join([*blocks, "## Limits", LIMITS]) + "\n"
+
+
+def _escape(text: str) -> str:
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
+def _bullets(sentences: Sequence[str]) -> str:
+    return "\n".join(f"- {_escape(sentence)}" for sentence in sentences)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: bool = True) -> str:
+    rule = [":--", *("--:" if numeric else ":--" for _ in header[1:])]
+    lines = [header, rule, *rows]
+    return "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)

@@ -1,0 +1,101 @@
+"""The words of a report: what was forgotten, what the numbers say and what they leave open."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxunlearn.report.tables import MODELS, SPLITS, points, rate
+
+READING = (
+    "Accuracy is over all classes, with counts of right answers; macro is the mean over classes. "
+    "MIA efficacy is the share of the forget data that a membership attack calls never seen. The "
+    "gap is unlearned minus retrained: the target of every row is the retrained model's value."
+)
+LIMITS = (
+    "What this page does not show: it looks at the models' outputs on the examples counted above, "
+    "not at their weights; at one model per column, not at the spread between seeds; at the attack "
+    "named here, not at a stronger one. The target of every number is the retrained model's value, "
+    "from above and from below: less accuracy on forgotten data is not better. This is not a "
+    "certificate, and no (ε, δ) guarantee."
+)
+
+
+def title(report: Mapping[str, Any]) -> str:
+    """Heading of the page.
+
+    Examples:
+      >>> from jaxunlearn.report.example import example_report
+      >>> title(example_report())
+      'Unlearning report: unsc on made-up'
+    """
+    return f"Unlearning report: {report['method']['name']} on {report['problem']['source']}"
+
+
+def forgotten(problem: Mapping[str, Any]) -> str:
+    """What was to be forgotten: the classes by name and index, or the number of examples.
+
+    Examples:
+      >>> from jaxunlearn.report.example import example_report
+      >>> problem = example_report()["problem"]
+      >>> forgotten(problem)
+      'class kind 1 (1): 120 of 360 training examples'
+      >>> forgotten(problem | {"scope": "random"})
+      '120 of 360 training examples (scope: random)'
+    """
+    counts = problem["counts"]
+    examples = f"{counts['forget_train']:,} of {counts['train']:,} training examples"
+    if problem["scope"] not in ("class", "classes"):
+        return f"{examples} (scope: {problem['scope']})"
+    classes = problem["forget_classes"]
+    names = {c: problem["class_names"][c] for c in classes}
+    listed = ", ".join(n if n == str(c) else f"{n} ({c})" for c, n in names.items())
+    return f"{'class' if len(classes) == 1 else 'classes'} {listed}: {examples}"
+
+
+def findings(report: Mapping[str, Any]) -> list[str]:
+    """What the numbers say, with counts; nothing on closeness to retraining without a reference.
+
+    Args:
+      report: the content of ``report.json``.
+
+    Returns:
+      Sentences on forget training data, retain test data, distance to retraining, sampling.
+
+    Examples:
+      >>> from jaxunlearn.report.example import example_report
+      >>> print(findings(example_report())[-1])
+      Largest gap to the retrained model: +3.3 points, on forget train (before unlearning +95.0).
+    """
+    models = report["models"]
+    sentences = []
+    for split in ("forget_train", "retain_test"):
+        shares = [
+            f"{name} {rate(models[name], split)}"
+            for name in reversed(MODELS)
+            if models[name] is not None
+        ]
+        sentences.append(f"Accuracy on {SPLITS[split]}: {', '.join(shares)}.")
+    sentences.append(_distance(report["gap_to_retrain"]))
+    counts = report["problem"]["counts"]
+    if counts["retain_sample"] is not None:
+        sentences.append(
+            f"Retain train is measured on {counts['retain_sample']:,} examples drawn once "
+            f"from {counts['retain_train']:,}."
+        )
+    return sentences
+
+
+def _distance(gaps: Mapping[str, Any] | None) -> str:
+    if gaps is None:
+        return (
+            "No retrained reference: these numbers say what changed, not how close the result is "
+            "to a model that never saw the forgotten data."
+        )
+    ours = {key: gap for key, gap in gaps["unlearned"].items() if gap is not None}
+    if not ours:
+        return "No gap to the retrained model is defined."
+    key = max(ours, key=lambda k: abs(ours[k]))
+    name = SPLITS.get(key, "MIA efficacy")
+    return (
+        f"Largest gap to the retrained model: {points(ours[key])} points, on {name} "
+        f"(before unlearning {points(gaps['original'][key])})."
+    )

@@ -1,0 +1,38 @@
+"""A strict environment: eight virtual CPU devices, rank promotion an error, reference data."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import jax
+import pytest
+
+from jaxunlearn.config import reference_data
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64():
+    """Float64 for reference computations; the rest of the suite runs in float32, as users do."""
+    with jax.enable_x64(True):
+        yield
+
+
+def _reference(subfolder):
+    root = reference_data()
+    if root is None or not (root / subfolder).is_dir():
+        pytest.skip(f"no reference data: set JAXUNLEARN_DATA to a folder that holds {subfolder}/")
+    return root / subfolder
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Folder with inputs and outputs computed by the public reference codes."""
+    return _reference("golden")
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """Folder with prepared data sets (tfds/) and third-party weights (weights/)."""
+    return _reference("data")
