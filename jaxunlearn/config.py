@@ -41,6 +41,9 @@ class DataConfig:
     data_dir: str | None = None
     scope: Literal["class", "classes", "samples", "random"] = "class"
     split_seed: Natural = 0
+    mean: tuple[float, ...] | None = None  # model input = (x / scale - mean) / std; by default
+    std: tuple[float, ...] | None = None  # the source's own constants
+    scale: Annotated[float, Field(gt=0)] | None = None
     validation: Share = 0.0  # of the training set, for early stopping and tuning
 
 

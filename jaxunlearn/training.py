@@ -124,8 +124,8 @@ def train_step(
 
     Returns:
       ``step(consts, state, x)``: ``consts`` has ``inputs`` and ``labels`` (of the whole data set)
-      and ``key``; ``x`` has ``indices [b]``, ``mask [b]`` and ``step []``. Metrics are sums over the batch:
-      ``loss``, ``accuracy`` and ``count``.
+      and ``key``; ``x`` has ``indices [b]``, ``mask [b]`` and ``step []``. Metrics are sums over
+      the batch: ``loss``, ``accuracy`` and ``count``.
     """
 
     def forward(variables: dict[str, Any], inputs: Array, key: PRNGKeyArray) -> tuple[Array, dict]:

@@ -266,6 +266,14 @@ def test_forget_examples_are_drawn_last_in_one_frame():
     assert [text.get_text() for text in figure.legends[0].get_texts()][1:] == ["0: _x", "1: $y"]
 
 
+def test_points_of_a_diverged_model_are_counted_not_drawn(report):
+    arrays = example_arrays()
+    arrays["embedding_unlearned"][:4] = np.nan
+    figure = report_figures(report, arrays)["Embedding"]
+    assert figure.axes[2].get_title() == "unlearned (4 of 90 not finite)"
+    assert np.isfinite(figure.axes[2].get_xlim()).all()
+
+
 def test_marked_examples_of_the_arrays_rule_over_classes(report):
     arrays = example_arrays()
     arrays["embedding_forget"] = np.arange(len(arrays["embedding_labels"])) < 5

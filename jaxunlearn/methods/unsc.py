@@ -157,10 +157,14 @@ def unsc(
             merge_energy=config.merge_energy,
             rule=config.rank_rule,
         )
-    optimizer = optax.chain(_base_optimizer(config), _restrict(problem, specs, spaces))
+    link = _restrict(problem, specs, spaces)
+    optimizer = optax.chain(_base_optimizer(config), link)
     labels = pseudo_labels(problem)
     forget = problem.forget.with_batch_size(config.batch_size)
     variables, curves = _finetune(order_key, step_key, problem, forget, labels, config, optimizer)
+    if spaces:
+        params = _project_change(problem.variables["params"], variables["params"], link)
+        variables = {**variables, "params": params}
     info = curves | {
         "steps": len(curves["losses"]) * len(forget),
         "forget_passes": len(curves["losses"]),
@@ -285,6 +289,14 @@ def _finetune(
         if config.stop_below is not None and accuracies[-1] < config.stop_below:
             break
     return state.variables, {"losses": losses, "forget_accuracy": accuracies}
+
+
+def _project_change(
+    before: optax.Params, after: optax.Params, link: optax.GradientTransformation
+) -> optax.Params:
+    """``K_o + (I - P)(K_u - K_o)``: every step's rounding leaks a little, and leaks add up."""
+    change, _ = link.update(jax.tree.map(jnp.subtract, after, before), link.init(before))
+    return optax.apply_updates(before, change)
 
 
 def _relabeller(problem: UnlearningProblem, config: UNSCConfig) -> Relabel:

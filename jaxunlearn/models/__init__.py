@@ -20,7 +20,7 @@ from jaxunlearn.models.mlp import MLP
 from jaxunlearn.models.resnet import ResNet
 from jaxunlearn.models.vgg import VGG, VGG11_STAGES, VGG16_STAGES
 from jaxunlearn.models.vit import ViT
-from jaxunlearn.models.weights import ALLCNN, MLP_TOY, RESNET_CIFAR, from_torch, read_arrays
+from jaxunlearn.models.weights import ALLCNN, MLP_TOY, RESNET_CIFAR, Rules, from_torch, read_arrays
 
 __all__ = [
     "ALLCNN",
@@ -28,6 +28,7 @@ __all__ = [
     "MLP_TOY",
     "MODELS",
     "RESNET_CIFAR",
+    "TORCH_RULES",
     "VGG",
     "AlexNetSmall",
     "AllCNN",
@@ -52,6 +53,12 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit": ViT,
 }
 """Name, as in a run's configuration, to the constructor with that net's defaults."""
+
+TORCH_RULES: dict[str, Rules] = {
+    "allcnn": ALLCNN,
+    **dict.fromkeys(("resnet20", "resnet32", "resnet44", "resnet56", "resnet18"), RESNET_CIFAR),
+}
+"""Model to the mapping from the names of PyTorch weights that others publish for it."""
 
 _NOT_OPTIONS = ("num_classes", "parent", "name")
 

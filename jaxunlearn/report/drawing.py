@@ -5,7 +5,6 @@ as well as in hue, so the figures survive colour blindness and a grey printer.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Real
@@ -126,12 +125,8 @@ def label_classes(
     """
     shown = spaced(len(names), forget, room=-(-len(names) // fit))
     size = 9 if len(names) <= 20 else 7 if len(names) <= 50 else 6
-    style: dict[str, Any] = {
-        "fontsize": size,
-        "parse_math": False,
-        "rotation": 90 if upright else 0,
-    }
-    axis.set_ticks(shown, [shorten(names[c]) for c in shown], **style)
+    labels = [shorten(names[c]) for c in shown]
+    axis.set_ticks(shown, labels, fontsize=size, parse_math=False, rotation=90 if upright else 0)
     for c, label in zip(shown, axis.get_ticklabels(), strict=True):
         if c in forget:
             label.set(color=FORGET, fontweight="bold")

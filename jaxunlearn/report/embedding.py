@@ -41,7 +41,8 @@ def embedding_panels(
     """The same examples under each model: class by colour, forget examples outlined and on top.
 
     Args:
-      panels: model name to points ``[n, 2]``; all panels share one square frame.
+      panels: model name to points ``[n, 2]``; all panels share one square frame. Points of a
+        diverged model that are not finite are left out, and their number stands in its title.
       labels: ``[n]`` class indices.
       forget: ``[n]`` whether the example was to be forgotten.
       class_names: one per class.
@@ -68,7 +69,10 @@ def embedding_panels(
     colours = class_colours(len(class_names))[labels]
     for one, (title, points) in zip(axes, panels.items(), strict=True):
         _scatter(one, points, colours, forget)
-        one.set_title(title, fontsize=11)
+        lost = np.count_nonzero(~np.isfinite(points).all(1))
+        one.set_title(
+            f"{title} ({lost} of {len(points)} not finite)" if lost else title, fontsize=11
+        )
     _square_frame(axes, np.concatenate(list(panels.values())))
     _legend(figure, class_names, marked=bool(forget.any()))
     figure.set_label(
@@ -94,7 +98,8 @@ def _scatter(
 
 
 def _square_frame(axes: Sequence[Axes], points: Float[np.ndarray, "m 2"]) -> None:
-    low, high = points.min(0), points.max(0)
+    finite = points[np.isfinite(points).all(1)]
+    low, high = finite.min(0), finite.max(0)
     centre, reach = (low + high) / 2, 0.54 * max((high - low).max(), 1e-9)
     for one in axes:
         one.set(xticks=[], yticks=[], aspect="equal")

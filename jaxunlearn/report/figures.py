@@ -25,6 +25,7 @@ from jaxunlearn.report.drawing import (
 )
 
 _PREDICTION = "prediction of the retrained model"
+_LEFT_EDGE = 1e-12
 
 
 def class_accuracy_bars(
@@ -149,19 +150,19 @@ def subspace_bars(layers: Mapping[str, Mapping[str, Any]]) -> Figure:
         share = 100 * layer["rank"] / layer["d_in"]
         ranks.barh(row, share, height=0.6, color=UNLEARNED)
         _beside(ranks, share, row, f"{layer['rank']} / {layer['d_in']}")
-        leak = layer["leak"]
-        if leak is not None:
+        if layer["leak"] is not None:
             # Zero has no place on a logarithmic axis: it stands at the left edge, with its value.
-            leaks.plot(max(leak, 1e-12), row, "o", color=RETRAINED, markersize=5, clip_on=False)
-            _beside(leaks, max(leak, 1e-12), row, f"{leak:.1e}")
+            drawn = max(layer["leak"], _LEFT_EDGE)
+            leaks.plot(drawn, row, "o", color=RETRAINED, markersize=5, clip_on=False)
+            _beside(leaks, drawn, row, f"{layer['leak']:.1e}")
     ranks.set(xlabel="protected directions r / d (%)", xlim=(0, 119), xticks=range(0, 101, 20))
-    leaks.set(xlabel="leak into the protected space", xscale="log", xlim=(1e-12, 10))
+    leaks.set(xlabel="leak into the protected space", xscale="log", xlim=(_LEFT_EDGE, 10))
     for axes in (ranks, leaks):
         axes.set_ylim(len(layers) - 0.5, -0.5)
         axes.grid(axis="x", color=GRID, linewidth=0.8)
     figure.set_label(
         "Protected subspace of each layer and the update's leak into it; "
-        "a leak of zero stands at the left edge."
+        f"a leak below {_LEFT_EDGE:.0e} stands at the left edge."
     )
     return figure
 
