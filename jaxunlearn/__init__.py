@@ -1,0 +1,127 @@
+"""Machine unlearning for JAX.
+
+The public names, each where it is defined. They are imported when they are first used, so that
+``jaxunlearn --help`` need not wait for JAX, nor a training loop for what draws the reports.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from jaxunlearn.batches import Batches as Batches
+    from jaxunlearn.capture import capture_inputs as capture_inputs
+    from jaxunlearn.capture import capture_outputs as capture_outputs
+    from jaxunlearn.capture import describe_layers as describe_layers
+    from jaxunlearn.capture import features as features
+    from jaxunlearn.capture import layer_inputs as layer_inputs
+    from jaxunlearn.checkpoint import restore_variables as restore_variables
+    from jaxunlearn.checkpoint import save_variables as save_variables
+    from jaxunlearn.config import RunConfig as RunConfig
+    from jaxunlearn.config import config_from_mapping as config_from_mapping
+    from jaxunlearn.config import load_config as load_config
+    from jaxunlearn.data import Source as Source
+    from jaxunlearn.data import Splits as Splits
+    from jaxunlearn.data import split as split
+    from jaxunlearn.evaluation.membership import svc_confidence_optml as svc_confidence_optml
+    from jaxunlearn.evaluation.report import evaluate_model as evaluate_model
+    from jaxunlearn.evaluation.report import gap_to_retrain as gap_to_retrain
+    from jaxunlearn.evaluation.report import predict as predict
+    from jaxunlearn.experiment import run as run
+    from jaxunlearn.gram import GramState as GramState
+    from jaxunlearn.gram import accumulate_gram as accumulate_gram
+    from jaxunlearn.gram import downdate_gram as downdate_gram
+    from jaxunlearn.gram import merge_grams as merge_grams
+    from jaxunlearn.layers import LayerSpec as LayerSpec
+    from jaxunlearn.methods import METHODS as METHODS
+    from jaxunlearn.methods import Unlearned as Unlearned
+    from jaxunlearn.methods import UnlearningProblem as UnlearningProblem
+    from jaxunlearn.methods import UNSCConfig as UNSCConfig
+    from jaxunlearn.methods import unsc as unsc
+    from jaxunlearn.network import with_preprocessing as with_preprocessing
+    from jaxunlearn.preprocessing import augmenter as augmenter
+    from jaxunlearn.preprocessing import normalizer as normalizer
+    from jaxunlearn.sources import from_arrays as from_arrays
+    from jaxunlearn.sources import load_source as load_source
+    from jaxunlearn.subspace import CholeskyProjector as CholeskyProjector
+    from jaxunlearn.subspace import Eigenbasis as Eigenbasis
+    from jaxunlearn.subspace import Projector as Projector
+    from jaxunlearn.subspace import SpectralProjector as SpectralProjector
+    from jaxunlearn.subspace import eigenbasis as eigenbasis
+    from jaxunlearn.subspace import importance as importance
+    from jaxunlearn.subspace import importance_solve as importance_solve
+    from jaxunlearn.subspace import null_space as null_space
+    from jaxunlearn.subspace import top_eigenspace as top_eigenspace
+    from jaxunlearn.subspace import truncate as truncate
+    from jaxunlearn.training import accuracy as accuracy
+    from jaxunlearn.training import fit as fit
+    from jaxunlearn.training import sgd as sgd
+    from jaxunlearn.transforms import mask_updates as mask_updates
+    from jaxunlearn.transforms import project_updates as project_updates
+
+_HOME = {
+    "Batches": "batches",
+    "CholeskyProjector": "subspace",
+    "Eigenbasis": "subspace",
+    "GramState": "gram",
+    "LayerSpec": "layers",
+    "METHODS": "methods",
+    "Projector": "subspace",
+    "RunConfig": "config",
+    "Source": "data",
+    "SpectralProjector": "subspace",
+    "Splits": "data",
+    "UNSCConfig": "methods",
+    "Unlearned": "methods",
+    "UnlearningProblem": "methods",
+    "accumulate_gram": "gram",
+    "accuracy": "training",
+    "augmenter": "preprocessing",
+    "capture_inputs": "capture",
+    "capture_outputs": "capture",
+    "config_from_mapping": "config",
+    "describe_layers": "capture",
+    "downdate_gram": "gram",
+    "eigenbasis": "subspace",
+    "evaluate_model": "evaluation.report",
+    "features": "capture",
+    "fit": "training",
+    "from_arrays": "sources",
+    "gap_to_retrain": "evaluation.report",
+    "importance": "subspace",
+    "importance_solve": "subspace",
+    "layer_inputs": "capture",
+    "load_config": "config",
+    "load_source": "sources",
+    "mask_updates": "transforms",
+    "merge_grams": "gram",
+    "normalizer": "preprocessing",
+    "null_space": "subspace",
+    "predict": "evaluation.report",
+    "project_updates": "transforms",
+    "restore_variables": "checkpoint",
+    "run": "experiment",
+    "save_variables": "checkpoint",
+    "sgd": "training",
+    "split": "data",
+    "svc_confidence_optml": "evaluation.membership",
+    "top_eigenspace": "subspace",
+    "truncate": "subspace",
+    "unsc": "methods",
+    "with_preprocessing": "network",
+}
+
+__all__ = ["__version__", *_HOME]
+
+if not TYPE_CHECKING:  # a type checker reads the imports above, and finds what is not there
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,6 +1,6 @@
 """The evaluation stage of a run: models x splits -> the report's numbers and figure arrays."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import ApplyFn, describe_layers, features
 from jaxunlearn.config import EvaluateConfig
-from jaxunlearn.data import Source, Splits
+from jaxunlearn.data import Examples, Source, Splits
 from jaxunlearn.evaluation.report import SPLITS, evaluate_model, gap_to_retrain, predict
 from jaxunlearn.evaluation.representation import pca_embedding, pseudo_label_histogram
 
@@ -18,12 +18,21 @@ _EMBEDDED = 2_000  # test images in the embedding: more would not be told apart
 
 
 class Assessment(NamedTuple):
-    """Parts of a report: see the schema in ``docs/report.md``."""
+    """Parts of a report.
+
+    Attributes:
+      models: ``{name: accuracies, counts, confusion, attack}``, None for a model that is not there.
+      gaps: the models' numbers minus the retrained model's, if there is one.
+      pseudo_labels: where a method sent the forget examples, if it says so.
+      arrays: ``embedding_{model} [n, 2]``, ``embedding_labels [n]``, ``embedding_forget [n]``.
+      notes: what is not there, and why.
+    """
 
     models: dict[str, Any]
     gaps: dict[str, Any] | None
     pseudo_labels: dict[str, Any] | None
     arrays: dict[str, np.ndarray]
+    notes: list[str]
 
 
 def retain_sample(splits: Splits, config: EvaluateConfig, seed: int) -> np.ndarray:
@@ -75,10 +84,8 @@ def assess(
         name: {split: _outputs(apply_fn, variables, data.get(split), k) for split in SPLITS}
         for name, variables in given.items()
     }
-    judged: dict[str, Any] = {
-        name: evaluate_model(logits[name], k, members=config.members, seed=seed)
-        if name in given
-        else None
+    judged = {
+        name: _judged(name, logits[name], k, config.members, seed) if name in given else None
         for name in models
     }
     labels = None
@@ -87,8 +94,15 @@ def assess(
         if "retrained" in given:
             retrained = logits["retrained"]["forget_train"][0].argmax(-1)
         labels = pseudo_label_histogram(pseudo, retrained, k)._asdict()
-    arrays = _embeddings(apply_fn, given, source, config, seed)
-    return Assessment(judged, gap_to_retrain(judged), labels, arrays)
+    arrays, notes = _embeddings(apply_fn, given, source, splits, config.batch_size, seed)
+    return Assessment(judged, gap_to_retrain(judged), labels, arrays, notes)
+
+
+def _judged(name: str, logits: Any, k: int, members: str, seed: int) -> dict[str, Any]:
+    try:
+        return evaluate_model(logits, k, members=members, seed=seed)
+    except ValueError as error:
+        raise ValueError(f"{name} model: {error}") from error
 
 
 def _outputs(
@@ -103,18 +117,42 @@ def _embeddings(
     apply_fn: ApplyFn,
     models: Mapping[str, Any],
     source: Source,
-    config: EvaluateConfig,
+    splits: Splits,
+    batch_size: int,
     seed: int,
-) -> dict[str, np.ndarray]:
-    """Two principal components of the test features, on axes that all models share."""
-    n = len(source.test.labels)
-    shown = np.sort(np.random.default_rng(seed).permutation(n)[:_EMBEDDED])
-    test = Batches(source.test.inputs[shown], source.test.labels[shown], config.batch_size)
-    specs = describe_layers(apply_fn, next(iter(models.values())), test.inputs[:1])
-    features_fn = jax.jit(features(apply_fn, specs))
-    z = {
-        name: np.concatenate([features_fn(variables, b["inputs"])[b["mask"]] for b in test])
-        for name, variables in models.items()
-    }
-    embedded = {f"embedding_{name}": points for name, points in pca_embedding(z).items()}
-    return embedded | {"embedding_labels": np.asarray(test.labels)}
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Two principal components of the features, on axes that all models share."""
+    examples, forget = _shown(source, splits, seed)
+    shown = Batches(*examples, batch_size)
+    try:
+        specs = describe_layers(apply_fn, next(iter(models.values())), shown.inputs[:1])
+        features_fn = jax.jit(features(apply_fn, specs))
+        embedded = pca_embedding({m: _features(features_fn, v, shown) for m, v in models.items()})
+    except ValueError as error:  # no dense layer to read from, or features of one dimension
+        return {}, [f"There is no embedding of the features: {error}"]
+    arrays = {f"embedding_{name}": points for name, points in embedded.items()}
+    return arrays | {"embedding_labels": examples.labels, "embedding_forget": forget}, []
+
+
+def _features(features_fn: Callable, variables: Any, batches: Batches) -> np.ndarray:
+    return np.concatenate(
+        [np.asarray(features_fn(variables, b["inputs"]))[np.asarray(b["mask"])] for b in batches]
+    )
+
+
+def _shown(source: Source, splits: Splits, seed: int) -> tuple[Examples, np.ndarray]:
+    """Test examples, and which of them are of forgotten classes.
+
+    Forgotten samples have no likes in the test set: they are shown themselves.
+    """
+    rng = np.random.default_rng(seed)
+    test = np.sort(rng.permutation(len(source.test.labels))[:_EMBEDDED])
+    inputs, labels = source.test.inputs[test], source.test.labels[test]
+    if splits.forget_classes:
+        return Examples(inputs, labels), np.isin(labels, splits.forget_classes)
+    own = np.sort(rng.permutation(splits.forget)[:_EMBEDDED])
+    both = Examples(
+        np.concatenate([inputs, source.train.inputs[own]]),
+        np.concatenate([labels, source.train.labels[own]]),
+    )
+    return both, np.arange(len(both.labels)) >= len(test)

@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 
@@ -23,7 +24,9 @@ InputsFn = Callable[[Any, Mapping[str, Array]], dict[str, LayerInput]]
 _INPUT = "layer_input"
 
 
-def describe_layers(apply_fn: ApplyFn, variables: Any, inputs: Array) -> dict[str, LayerSpec]:
+def describe_layers(
+    apply_fn: ApplyFn, variables: Any, inputs: Array | np.ndarray | jax.ShapeDtypeStruct
+) -> dict[str, LayerSpec]:
     """Specs of all linear layers that a forward pass calls, by path, in the order of their calls.
 
     Traces the model once without computing anything.

@@ -193,8 +193,12 @@ def _is_checkpoint(folder: Path) -> bool:
 
 def _fill(template: PyTree, folder: Path) -> PyTree:
     stored, wanted = _named(_load(folder)), _named(template)
-    _require_match(folder, stored, {name: _raw(leaf) for name, leaf in wanted.items()})
-    leaves = [_like(leaf, stored[name]) for name, leaf in wanted.items()]
+    held = {name: _raw(leaf) for name, leaf in wanted.items() if not _is_empty(leaf)}
+    _require_match(folder, stored, held)
+    leaves = [
+        jnp.zeros(leaf.shape, leaf.dtype) if name not in held else _like(leaf, stored[name])
+        for name, leaf in wanted.items()
+    ]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
@@ -255,7 +259,12 @@ def _raw(leaf: Any) -> Any:
 
 
 def _host(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: np.asarray(_raw(leaf)), tree)
+    """Host copies; orbax stores no arrays of size 0, and the template has all there is to them."""
+    return jax.tree.map(lambda leaf: None if _is_empty(leaf) else np.asarray(_raw(leaf)), tree)
+
+
+def _is_empty(leaf: Any) -> bool:
+    return 0 in np.shape(leaf)
 
 
 def _like(template: Any, value: np.ndarray) -> jax.Array:

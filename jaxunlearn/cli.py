@@ -1,10 +1,15 @@
 """The command line: ``jaxunlearn run CONFIG``, its stages one by one, and a list of the methods."""
 
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(
@@ -90,36 +95,43 @@ def evaluate(
 @app.command()
 def methods() -> None:
     """List the unlearning methods, the data each needs and the scopes it supports."""
-    from jaxunlearn.methods import METHODS
+    with _answered():
+        from jaxunlearn.methods import METHODS
 
-    table = Table("method", "needs", "scopes", "what it does")
-    for method in METHODS.values():
-        scopes, needs = ", ".join(sorted(method.scopes)), ", ".join(sorted(method.needs))
-        table.add_row(method.name, needs, scopes, method.summary)
-    Console().print(table)
+        table = Table("method", "needs", "scopes", "what it does")
+        for method in METHODS.values():
+            scopes, needs = ", ".join(sorted(method.scopes)), ", ".join(sorted(method.needs))
+            table.add_row(method.name, needs, scopes, method.summary)
+        _console().print(table)
 
 
 def main() -> None:
-    """Entry point; faults of the user's become one message and exit status 1, Ctrl-C 130."""
+    """Entry point."""
+    app()
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """Faults of the user's become one message on stderr and exit status 1, Ctrl-C 130."""
     errors = Console(stderr=True)
     try:
-        app()
+        yield
     except KeyboardInterrupt:
         errors.print("interrupted; the same command goes on where this one stopped")
-        raise SystemExit(130) from None
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        errors.print(f"[bold red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
-        raise SystemExit(1) from None
+        raise typer.Exit(130) from None
+    except (ValueError, OSError, FloatingPointError) as error:
+        message = escape(str(error))
+        errors.print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
 
 
-def _plain(error: Exception) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))
+def _console() -> Console:
+    """As wide as the terminal; a file or pipe has no width, and gets one that no table exceeds."""
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def _carry_out(
-    until: str,
+    until: Literal["train", "unlearn", "evaluate"],
     config_file: Path,
     overrides: list[str] | None,
     out: Path | None,
@@ -127,19 +139,27 @@ def _carry_out(
     weights: Path | None,
     quiet: bool,
 ) -> None:
-    # Imported here: help and usage errors need not wait for JAX.
-    from jaxunlearn.config import load_config
-    from jaxunlearn.experiment import run as run_experiment
-    from jaxunlearn.report import console_table
-
-    console = Console()
     flags = {"out": out, "data.data_dir": data_dir, "train.weights": weights}
-    given = [f"{key}={str(value)!r}" for key, value in flags.items() if value is not None]
-    config = load_config(config_file, [*(overrides or []), *given])
-    report = run_experiment(config, until=until, console=None if quiet else console)  # type: ignore[arg-type]
-    if report is not None:
-        console.print(console_table(report))
-        for note in report["notes"]:
-            console.print(f"note: {note}", highlight=False)
-    shown = "report.html, report.md and report.json" if report is not None else "checkpoints"
-    console.print(f"{shown} in {config.out}", highlight=False)
+    # A JSON string is a TOML string.
+    given = [
+        f"{key}={json.dumps(str(value), ensure_ascii=False)}"
+        for key, value in flags.items()
+        if value is not None
+    ]
+    with _answered():
+        # Imported here: help and usage errors need not wait for this, nor a config's for JAX.
+        from jaxunlearn.config import load_config
+
+        config = load_config(config_file, [*(overrides or []), *given])
+
+        from jaxunlearn.experiment import run as run_experiment
+        from jaxunlearn.report import console_table
+
+        console = _console()
+        report = run_experiment(config, until=until, console=None if quiet else console)
+        if report is not None:
+            console.print(console_table(report))
+            for note in report["notes"]:
+                console.print(f"note: {note}", highlight=False, markup=False)
+        shown = "checkpoints" if report is None else "report.html, report.md and report.json"
+        console.print(f"{shown} in {config.out}", highlight=False, markup=False, soft_wrap=True)

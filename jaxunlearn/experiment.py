@@ -3,20 +3,28 @@
 import dataclasses
 import difflib
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxunlearn.assessment import assess, retain_sample
 from jaxunlearn.batches import Batches
-from jaxunlearn.config import RunConfig, reference_data, resolve_path, to_mapping, typed
+from jaxunlearn.config import (
+    RunConfig,
+    TrainConfig,
+    reference_data,
+    resolve_path,
+    to_mapping,
+    typed,
+)
 from jaxunlearn.data import Source, Splits, split
 from jaxunlearn.environment import describe_environment
 from jaxunlearn.evaluation.report import json_value
@@ -25,15 +33,19 @@ from jaxunlearn.network import Network, build_network, given_variables
 from jaxunlearn.preprocessing import augmenter
 from jaxunlearn.report import write_report
 from jaxunlearn.sources import load_source
-from jaxunlearn.stages import RunFolder, measured, write_json
-from jaxunlearn.training import Augment, fit, sgd
+from jaxunlearn.stages import RunFolder, digest, measured
+from jaxunlearn.training import Augment, TrainState, fit, sgd, train_step
 
 SCHEMA_VERSION = 1
 Until = Literal["train", "unlearn", "evaluate"]
 
 
 class Prepared(NamedTuple):
-    """Everything of a run that is checked and loaded before work starts."""
+    """Everything of a run that is checked and loaded before work starts.
+
+    Attributes:
+      given: trained variables that the config names, by model; None where a model is to be trained.
+    """
 
     config: RunConfig
     source: Source
@@ -42,20 +54,28 @@ class Prepared(NamedTuple):
     method: Method
     method_config: Any
     augment: Augment | None
+    given: dict[str, Any]
 
 
 def prepare(config: RunConfig) -> Prepared:
     """Load the data, resolve the request, build the model and check every setting of a run.
 
+    Nothing is computed or written. Given checkpoints are read, and where there is something to
+    train, one step of it is traced.
+
     Raises:
       ValueError: anything that a configuration can get wrong.
       FileNotFoundError: data, weights or a checkpoint that is not there.
+
+    Examples:
+      >>> from jaxunlearn.config import config_from_mapping
+      >>> prepared = prepare(config_from_mapping({"data": {"forget": 3}}))
+      >>> len(prepared.splits.forget), prepared.method.name
+      (146, 'unsc')
     """
     method = _method(config.unlearn.method)
     method_config: Any = typed(method.config, config.unlearn.options, where="unlearn")
-    for path in (config.train.checkpoint, config.train.weights, config.retrain.checkpoint):
-        if path is not None:
-            resolve_path(path)
+    _check_files(config)
     source = load_source(
         config.data.source, data_dir=_data_dir(config), split_seed=config.data.split_seed
     )
@@ -66,16 +86,17 @@ def prepare(config: RunConfig) -> Prepared:
         validation=config.data.validation,
         seed=config.data.split_seed,
     )
-    scope = {0: "samples", 1: "class"}.get(len(splits.forget_classes), "classes")
-    if scope not in method.scopes:
-        raise ValueError(
-            f"method {method.name!r} does not support data.scope = {config.data.scope!r}, "
-            f"only {sorted(method.scopes)}"
-        )
-    train = config.train
-    augment = augmenter(crop=train.crop, flip=train.flip) if train.crop or train.flip else None
+    _check_scope(method, config, splits)
     network = build_network(config.model, config.data, source)
-    return Prepared(config, source, splits, network, method, method_config, augment)
+    train, retrain = config.train, config.retrain
+    augment = augmenter(crop=train.crop, flip=train.flip) if train.crop or train.flip else None
+    given = {
+        "original": given_variables(network, config.model, train, section="train"),
+        "retrained": given_variables(network, config.model, retrain, section="retrain"),
+    }
+    prepared = Prepared(config, source, splits, network, method, method_config, augment, given)
+    _check_training(prepared)
+    return prepared
 
 
 def run(
@@ -85,7 +106,8 @@ def run(
 
     The folder gets ``config.json``, ``environment.json``, ``checkpoints/{original, retrained,
     unlearned}`` (orbax), ``stages/*.json``, ``report.json``, ``report.md``, ``report.html`` and
-    ``arrays.npz``. A killed run goes on where it stopped when it is started again.
+    ``arrays.npz``. A killed run goes on where it stopped when it is started again. A folder serves
+    one configuration: only ``[evaluate]`` and the place of the data may change between calls.
 
     Args:
       config: from :func:`jaxunlearn.config.load_config`.
@@ -96,13 +118,17 @@ def run(
       The report (``report.json``), or None before the evaluation.
 
     Raises:
-      ValueError: see :func:`prepare`; the folder holds another configuration's run.
+      ValueError: see :func:`prepare`; the folder holds another run; a stage ended in NaN.
       FloatingPointError: a training or an unlearning diverged.
     """
     prepared = prepare(config)
-    mapping = {key: value for key, value in to_mapping(config).items() if key != "out"}
-    folder = RunFolder(Path(config.out), mapping)
-    write_json(folder.path / "environment.json", describe_environment())
+    environment = describe_environment() | {"seed": config.seed}
+    folder = RunFolder(
+        Path(config.out),
+        config=to_mapping(config),
+        environment=environment,
+        identity=_identity(prepared),
+    )
     keys = dict(
         zip(
             ("original", "retrained", "unlearn"),
@@ -110,36 +136,45 @@ def run(
             strict=True,
         )
     )
+    template = prepared.network.template
     models, records = {}, {}
     models["original"], records["train"] = folder.stage(
-        "original", prepared.network.template, lambda: _original(prepared, keys, folder, console)
+        "original", template, lambda: _original(prepared, keys, folder, console)
     )
     models["retrained"] = None
-    if config.retrain.enabled or config.retrain.checkpoint is not None:
+    if _has_reference(config):
         models["retrained"], records["retrain"] = folder.stage(
-            "retrained",
-            prepared.network.template,
-            lambda: _retrained(prepared, keys, folder, console),
+            "retrained", template, lambda: _retrained(prepared, keys, folder, console)
         )
     if until == "train":
         return None
     models["unlearned"], records["unlearn"] = folder.stage(
-        "unlearned",
-        prepared.network.template,
-        lambda: _unlearned(prepared, keys["unlearn"], models["original"]),
+        "unlearned", template, lambda: _unlearned(prepared, keys["unlearn"], models["original"])
     )
     if until == "unlearn":
         return None
     return _evaluated(prepared, folder, models, records)
 
 
+def _identity(prepared: Prepared) -> dict[str, Any]:
+    """All that the stages depend on: most of the config, and the content of what it names."""
+    mapping = to_mapping(prepared.config)
+    mapping.pop("out")
+    mapping.pop("evaluate")
+    mapping["data"].pop("data_dir")
+    named = {f"{name} model": variables for name, variables in prepared.given.items()}
+    named["data"] = prepared.source.train, prepared.source.test
+    return mapping | {
+        "content": {name: None if tree is None else digest(tree) for name, tree in named.items()}
+    }
+
+
 def _original(
     prepared: Prepared, keys: dict, folder: RunFolder, console: Console | None
 ) -> tuple[Any, dict]:
     config, splits = prepared.config, prepared.splits
-    given = given_variables(prepared.network, config.train, config.model)
-    if given is not None:
-        return given, {"given": config.train.checkpoint or config.train.weights}
+    if (variables := prepared.given["original"]) is not None:
+        return variables, {"given": config.train.checkpoint or config.train.weights}
     return _fit(
         prepared, keys["original"], splits.train, splits.validation, "original", folder, console
     )
@@ -149,23 +184,16 @@ def _retrained(
     prepared: Prepared, keys: dict, folder: RunFolder, console: Console | None
 ) -> tuple[Any, dict]:
     """The reference: the original's recipe and a fresh initialisation, without the forget data."""
-    config, source, splits = prepared.config, prepared.source, prepared.splits
-    if config.retrain.checkpoint is not None:
-        train = dataclasses.replace(
-            config.train, checkpoint=config.retrain.checkpoint, weights=None
-        )
-        variables = given_variables(prepared.network, train, config.model)
-        return variables, {"given": config.retrain.checkpoint}
-    kept = ~np.isin(source.train.labels[splits.validation], splits.forget_classes)
-    return _fit(
-        prepared,
-        keys["retrained"],
-        splits.retain,
-        splits.validation[kept],
-        "retrained",
-        folder,
-        console,
-    )
+    if (variables := prepared.given["retrained"]) is not None:
+        return variables, {"given": prepared.config.retrain.checkpoint}
+    retain, validation = prepared.splits.retain, _retained_validation(prepared)
+    return _fit(prepared, keys["retrained"], retain, validation, "retrained", folder, console)
+
+
+def _retained_validation(prepared: Prepared) -> np.ndarray:
+    source, splits = prepared.source, prepared.splits
+    labels = source.train.labels[splits.validation]
+    return splits.validation[~np.isin(labels, splits.forget_classes)]
 
 
 def _fit(
@@ -180,33 +208,43 @@ def _fit(
     config = prepared.config.train
     batches = _batches(prepared, train_rows)
     init_key, fit_key = jax.random.split(key)
-    state_dir = folder.path / "states" / name
-    with _progress(console, f"train {name}", config.epochs) as on_epoch:
+    here: set[float] = set()
+    with _progress(console, f"train {name}", config.epochs) as show:
+
+        def on_epoch(figures: dict[str, float]) -> None:
+            here.add(figures["epoch"])
+            if show is not None:
+                show(figures)
+
         fitted = fit(
             fit_key,
             prepared.network.apply_fn,
             prepared.network.init(init_key),
             batches,
-            optimizer=sgd(
-                learning_rate=config.learning_rate,
-                steps_per_epoch=len(batches),
-                epochs=config.epochs,
-                momentum=config.momentum,
-                weight_decay=config.weight_decay,
-                schedule=config.schedule,
-                warmup_epochs=config.warmup_epochs,
-                milestones=config.milestones,
-                decay=config.decay,
-            ),
+            optimizer=_optimizer(config, len(batches)),
             epochs=config.epochs,
             augment=prepared.augment,
             validation=_batches(prepared, validation_rows) if len(validation_rows) else None,
             patience=config.patience,
-            state_dir=state_dir,
+            state_dir=folder.states(name),
             on_epoch=on_epoch,
         )
-    shutil.rmtree(state_dir, ignore_errors=True)
-    return fitted.variables, {"history": fitted.history}
+    earlier = sum(epoch["seconds"] for epoch in fitted.history if epoch["epoch"] not in here)
+    return fitted.variables, {"history": fitted.history, "seconds": earlier}
+
+
+def _optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
+    return sgd(
+        learning_rate=config.learning_rate,
+        steps_per_epoch=steps_per_epoch,
+        epochs=config.epochs,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        schedule=config.schedule,
+        warmup_epochs=config.warmup_epochs,
+        milestones=config.milestones,
+        decay=config.decay,
+    )
 
 
 def _unlearned(prepared: Prepared, key: jax.Array, original: Any) -> tuple[Any, dict]:
@@ -240,35 +278,38 @@ def _evaluated(
             pseudo=None if pseudo is None else np.asarray(pseudo),
             seed=config.seed,
         )
+    environment = folder.environment
+    notes = _notes(prepared, records, environment) + result.notes
     records = records | {"evaluate": cost()._asdict()}
-    sample = len(retain_sample(splits, config.evaluate, config.seed))
-    sampled = sample if sample < len(splits.retain) else None
     report = {
         "schema_version": SCHEMA_VERSION,
         "config": to_mapping(config),
-        "environment": describe_environment(),
-        "problem": _problem(source, splits, config, sampled),
+        "environment": environment,
+        "problem": _problem(source, splits, config),
         "models": result.models,
         "gap_to_retrain": result.gaps,
         "pseudo_labels": result.pseudo_labels,
-        "method": {"name": prepared.method.name, "info": info},
+        "method": {
+            "name": prepared.method.name,
+            "config": dataclasses.asdict(prepared.method_config),
+            "info": info,
+        },
         "training": {
             name: records[stage].get("history") or {"given": records[stage].get("given")}
             for stage, name in (("train", "original"), ("retrain", "retrained"))
             if stage in records
         },
-        "seconds": {stage: record["seconds"] for stage, record in records.items()},
+        # Nobody here knows how long it took to train a model that was given.
+        "seconds": {s: None if "given" in r else r["seconds"] for s, r in records.items()},
         "peak_memory_mb": {stage: record["peak_memory_mb"] for stage, record in records.items()},
-        "notes": _notes(config, splits, sampled),
+        "notes": notes,
     }
     report = json_value(report)
     write_report(folder.path, report, result.arrays)
     return report
 
 
-def _problem(
-    source: Source, splits: Splits, config: RunConfig, sampled: int | None
-) -> dict[str, Any]:
+def _problem(source: Source, splits: Splits, config: RunConfig) -> dict[str, Any]:
     return {
         "source": source.name,
         "scope": config.data.scope,
@@ -283,29 +324,105 @@ def _problem(
             "retain_train": len(splits.retain),
             "forget_test": len(splits.forget_test),
             "retain_test": len(splits.retain_test),
-            "retain_sample": sampled,
+            "retain_sample": _sample_size(splits, config),
         },
     }
 
 
-def _notes(config: RunConfig, splits: Splits, sampled: int | None) -> list[str]:
+def _sample_size(splits: Splits, config: RunConfig) -> int | None:
+    """Number of retain examples that are measured, or None for all."""
+    size = len(retain_sample(splits, config.evaluate, config.seed))
+    return size if size < len(splits.retain) else None
+
+
+def _notes(
+    prepared: Prepared, records: Mapping[str, Any], environment: Mapping[str, Any]
+) -> list[str]:
+    config, retain, given = prepared.config, prepared.splits.retain, prepared.given
     notes = []
-    if not config.retrain.enabled and config.retrain.checkpoint is None:
+    if not _has_reference(config):
         notes.append(
             "No retrained model: retraining was switched off (retrain.enabled = false), so gaps to "
             "it are undefined and nothing here says what a model without the data would do."
         )
-    if sampled is not None:
+    if (sampled := _sample_size(prepared.splits, config)) is not None:
         notes.append(
             f"Retain accuracy on the train set is that of a fixed random sample of {sampled:,} of "
-            f"{len(splits.retain):,} images."
+            f"{len(retain):,} images."
         )
-    if config.retrain.enabled and config.retrain.checkpoint is None and config.train.weights:
+    if _has_reference(config) and (given["original"] is None) != (given["retrained"] is None):
+        ours, theirs = "original", "retrained"
+        if given["original"] is not None:
+            ours, theirs = theirs, ours
         notes.append(
-            "The original's weights were given, the retrained model was trained here: the two may "
-            "differ by recipe as well as by data."
+            f"The {theirs} model was given, the {ours} model was trained here: the two may differ "
+            "by recipe as well as by data."
+        )
+    if elsewhere := [s for s, record in records.items() if record["environment"] != environment]:
+        notes.append(
+            f"Done earlier in another environment (see stages/): {', '.join(elsewhere)}. Their "
+            "seconds and this report's environment do not belong together."
         )
     return notes
+
+
+def _has_reference(config: RunConfig) -> bool:
+    return config.retrain.enabled or config.retrain.checkpoint is not None
+
+
+def _check_files(config: RunConfig) -> None:
+    """What is not there is missed before the data are read, which may take a while."""
+    named = {
+        "train.checkpoint": config.train.checkpoint,
+        "train.weights": config.train.weights,
+        "retrain.checkpoint": config.retrain.checkpoint,
+    }
+    for key, path in named.items():
+        try:
+            if path is not None:
+                resolve_path(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{key}: {error}") from error
+
+
+def _check_scope(method: Method, config: RunConfig, splits: Splits) -> None:
+    scope = {0: "samples", 1: "class"}.get(len(splits.forget_classes), "classes")
+    if scope not in method.scopes:
+        data = config.data
+        raise ValueError(
+            f"method {method.name!r} does not support the scope {scope!r} of this request "
+            f"(data.scope = {data.scope!r}, data.forget = {data.forget!r}), only "
+            f"{', '.join(sorted(method.scopes))}"
+        )
+
+
+def _check_training(prepared: Prepared) -> None:
+    """Trace one training step, where there is something to train: what it refuses comes up now."""
+    config, given, network = prepared.config, prepared.given, prepared.network
+    retrains = config.retrain.enabled and given["retrained"] is None
+    if retrains and config.train.patience and not len(_retained_validation(prepared)):
+        raise ValueError(
+            f"train.patience = {config.train.patience}: all validation data are of the forgotten "
+            "classes, so the retrained model has none; raise data.validation or leave patience out"
+        )
+    if given["original"] is not None and not retrains:
+        return
+    batches = _batches(prepared, prepared.splits.train[: config.train.batch_size])
+    optimizer = _optimizer(config.train, 1)
+
+    def step(key: jax.Array, variables: Any) -> Any:
+        consts = {"inputs": batches.inputs, "labels": batches.labels, "key": key}
+        indices = jnp.arange(batches.num_examples)
+        x = {"indices": indices, "mask": indices >= 0, "step": jnp.int32(0)}
+        state = TrainState(variables, optimizer.init(variables["params"]))
+        return train_step(network.apply_fn, optimizer, augment=prepared.augment)(consts, state, x)
+
+    try:
+        jax.eval_shape(step, jax.random.key(0), network.template)
+    except Exception as error:  # whatever a user's module raises
+        raise ValueError(
+            f"model {config.model.name or config.model.factory} cannot be trained: {error}"
+        ) from error
 
 
 def _batches(prepared: Prepared, rows: np.ndarray) -> Batches:

@@ -6,6 +6,7 @@ groups of a convolution) is decomposed in one call.
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -61,13 +62,23 @@ def energy_mask(
     Returns:
       Weights ``[..., d]``.
 
+    Raises:
+      ValueError: another rule, or an energy (as a number, not an array) outside (0, 1].
+
     Examples:
       >>> energy_mask(jnp.array([6.0, 3.0, 1.0]), 0.9).tolist()
       [1.0, 1.0, 0.0]
       >>> energy_mask(jnp.array([6.0, 3.0, 1.0]), 0.9, rule="below").tolist()
       [1.0, 0.0, 0.0]
     """
-    cumulative = jnp.cumsum(eigenvalues, axis=-1)
+    if rule not in ("reach", "below"):
+        raise ValueError(f'rule must be "reach" or "below", got {rule!r}')
+    if isinstance(energy, int | float) and not 0 < energy <= 1:
+        raise ValueError(f"energy must be a share in (0, 1], got {energy}; write 0.95 for 95 %")
+    # XLA sums in a tree, so rounding can make a cumulative sum fall; the running maximum keeps the
+    # mask one leading run.
+    sums = jnp.cumsum(eigenvalues, axis=-1)
+    cumulative = jax.lax.cummax(sums, axis=sums.ndim - 1)
     target = energy * cumulative[..., -1:]
     kept = cumulative if rule == "below" else cumulative - eigenvalues
     return ((kept < target) & (target > 0)).astype(eigenvalues.dtype)

@@ -12,15 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from jaxunlearn.capture import ApplyFn
-from jaxunlearn.checkpoint import check_finite, restore_variables
-from jaxunlearn.config import DataConfig, ModelConfig, TrainConfig, resolve_path
+from jaxunlearn.checkpoint import restore_variables
+from jaxunlearn.config import DataConfig, ModelConfig, RetrainConfig, TrainConfig, resolve_path
 from jaxunlearn.data import Source
 from jaxunlearn.models import TORCH_RULES, build, from_torch, read_arrays
 from jaxunlearn.preprocessing import normalizer
@@ -62,6 +62,7 @@ def build_network(model: ModelConfig, data: DataConfig, source: Source) -> Netwo
       ValueError: unknown model, factory or option; a model that does not accept the inputs or does
         not return one logit per class.
     """
+    called = f"model {model.name or model.factory}"
     if model.factory is not None:
         module = _from_factory(model.factory, model.options)
     else:
@@ -70,31 +71,34 @@ def build_network(model: ModelConfig, data: DataConfig, source: Source) -> Netwo
     normalize = normalizer(
         data.mean or source.mean, data.std or source.std, data.scale or source.scale
     )
-    apply_fn = with_preprocessing(module, normalize)
     example = source.train.inputs[:1]
 
+    @jax.jit  # else every layer is dispatched, and compiled, by itself
     def init(key: PRNGKeyArray) -> dict[str, Any]:
-        # jit: else every layer is dispatched, and compiled, by itself.
-        return jax.jit(lambda key: module.init(key, normalize(jnp.asarray(example))))(key)
+        x = normalize(jnp.asarray(example))
+        return dict(module.init(key, x, **_mode(module, train=False)))
 
+    apply_fn = with_preprocessing(module, normalize)
     try:
         template = jax.eval_shape(init, jax.random.key(0))
         logits = jax.eval_shape(lambda v, x: apply_fn(v, x), template, example)
-    except (flax.errors.FlaxError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a user's module raises
         raise ValueError(
-            f"model {model.name or model.factory} does not accept inputs of shape "
-            f"{source.train.inputs.shape[1:]} from {source.name}: {error}"
+            f"{called} does not accept inputs of shape {example.shape[1:]} from {source.name}: "
+            f"{error}"
         ) from error
-    if logits.shape != (1, source.num_classes):
+    wanted = (1, source.num_classes)
+    if not isinstance(logits, jax.ShapeDtypeStruct) or logits.shape != wanted:
+        came = jax.tree.map(lambda leaf: leaf.shape, logits)
         raise ValueError(
-            f"model {model.name or model.factory} returns {logits.shape} for one example; wanted "
-            f"one logit for each of the {source.num_classes} classes of {source.name}"
+            f"{called} returns {came} for one example; wanted {wanted}, one logit for each of the "
+            f"{source.num_classes} classes of {source.name}"
         )
     return Network(apply_fn, init, template)
 
 
 def with_preprocessing(
-    module: nn.Module, preprocess: Callable[[Array], Array] = lambda x: x
+    module: nn.Module, preprocess: Callable[[Any], Any] = lambda x: x
 ) -> ApplyFn:
     """Uniform call of a linen module: ``train`` as the module spells it, inputs preprocessed.
 
@@ -107,38 +111,61 @@ def with_preprocessing(
       >>> apply_fn({}, jnp.full((1, 2), 255.0), train=False).tolist()
       [[1.0, 1.0]]
     """
-    parameters = inspect.signature(type(module).__call__).parameters
-    mode = next((name for name in _MODES if name in parameters), None)
 
-    def apply_fn(variables: Any, inputs: Array, *, train: bool = False, **kwargs: Any) -> Any:
-        if mode is not None:
-            kwargs[mode] = _MODES[mode](train)
-        return module.apply(variables, preprocess(inputs), **kwargs)
+    def apply_fn(
+        variables: Any, inputs: Array | np.ndarray, *, train: bool = False, **kwargs: Any
+    ) -> Any:
+        return module.apply(variables, preprocess(inputs), **_mode(module, train=train), **kwargs)
 
     return apply_fn
 
 
-def given_variables(network: Network, train: TrainConfig, model: ModelConfig) -> Any | None:
-    """Trained variables that a config names (``train.checkpoint`` or ``train.weights``), or None.
+def given_variables(
+    network: Network, model: ModelConfig, given: TrainConfig | RetrainConfig, *, section: str
+) -> Any | None:
+    """Trained variables that a section of a config names (``checkpoint`` or ``weights``), or None.
+
+    Args:
+      network: of the config.
+      model: of the config.
+      given: the section.
+      section: its name, for the messages.
 
     Raises:
       FileNotFoundError: not there.
-      ValueError: weights of another model, or no rules for reading weights into this one.
+      ValueError: weights of another model, NaN or inf in them, a torn or foreign file, or no rules
+        for reading weights into this model.
     """
-    if train.checkpoint is not None:
-        return restore_variables(resolve_path(train.checkpoint), network.template)
-    if train.weights is None:
-        return None
+    weights = given.weights if isinstance(given, TrainConfig) else None
+    try:
+        if given.checkpoint is not None:
+            return restore_variables(resolve_path(given.checkpoint), network.template)
+        return None if weights is None else _third_party(network, model, weights)
+    except (ValueError, FileNotFoundError) as error:
+        key = "checkpoint" if given.checkpoint is not None else "weights"
+        raise type(error)(f"{section}.{key}: {error}") from error
+
+
+def _third_party(network: Network, model: ModelConfig, weights: str) -> Any:
     if model.name not in TORCH_RULES:
         raise ValueError(
             f"no rules for reading third-party weights into model {model.name or model.factory}, "
-            f"only into {sorted(TORCH_RULES)}; convert them with jaxunlearn.models.weights.from_torch, "
-            "save them with orbax and write train.checkpoint"
+            f"only into {', '.join(TORCH_RULES)}; convert them with jaxunlearn.models.from_torch, "
+            "save them with jaxunlearn.save_variables and name that folder as train.checkpoint"
         )
-    path = resolve_path(train.weights)
-    variables = from_torch(read_arrays(path), network.template, TORCH_RULES[model.name])
-    check_finite(variables, where=str(path))
-    return variables
+    path = resolve_path(weights)
+    arrays = read_arrays(path)
+    try:
+        return from_torch(arrays, network.template, TORCH_RULES[model.name])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _mode(module: nn.Module, *, train: bool) -> dict[str, Any]:
+    """The keyword by which a module is told whether it trains, if it has one."""
+    parameters = inspect.signature(type(module).__call__).parameters
+    name = next((name for name in _MODES if name in parameters), None)
+    return {} if name is None else {name: _MODES[name](train)}
 
 
 def _from_factory(factory: str, options: dict[str, Any]) -> nn.Module:
@@ -149,19 +176,29 @@ def _from_factory(factory: str, options: dict[str, Any]) -> nn.Module:
         found = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"model.factory = {factory!r}: {error}; run in the folder that holds the package"
+            f"model.factory = {factory!r}: {error}; install the package, or run in the folder that "
+            "holds it"
         ) from error
+    except Exception as error:  # whatever a user's module raises
+        raise ValueError(f"model.factory = {factory!r}: {_named(error)}") from error
     function = getattr(found, function_name, None)
     if not callable(function):
-        public = [name for name in vars(found) if not name.startswith("_")]
-        nearest = difflib.get_close_matches(function_name, public, n=1, cutoff=0.0)
+        public = [name for name, value in vars(found).items() if callable(value)]
+        nearest = difflib.get_close_matches(function_name, public, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(public)}"
         raise ValueError(
-            f"model.factory: {module_name} has no function {function_name!r}; nearest: {nearest}"
+            f"model.factory = {factory!r}: {module_name} has no function {function_name!r}; {hint}"
         )
     try:
         module = function(**options)
-    except TypeError as error:
-        raise ValueError(f"model.factory = {factory!r} with options {options}: {error}") from error
+    except Exception as error:
+        raise ValueError(
+            f"model.factory = {factory!r}, called with the options {options}: {_named(error)}"
+        ) from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"model.factory = {factory!r} returned {module!r}; wanted a linen module")
     return module
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

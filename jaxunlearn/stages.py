@@ -4,9 +4,11 @@ A stage's checkpoint is complete before its record ``stages/NAME.json`` appears,
 that the stage is done; a killed run repeats at most the stage it was in.
 """
 
+import hashlib
 import json
 import os
 import resource
+import shutil
 import sys
 import threading
 import time
@@ -16,8 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from jaxunlearn.checkpoint import restore_variables, save_variables
+from jaxunlearn.checkpoint import check_finite, restore_variables, save_variables
 from jaxunlearn.evaluation.report import json_value
 
 
@@ -29,28 +32,56 @@ class Cost(NamedTuple):
 
 
 class RunFolder:
-    """A run's folder; holds one configuration, whose stages it remembers.
+    """A run's folder, which remembers the stages that are done.
 
     Args:
       path: made if need be.
-      config: JSON-able mapping; the folder of another one is refused.
+      config: JSON-able; written to ``config.json`` for the reader.
+      environment: JSON-able; written to ``environment.json`` and into the record of every stage.
+      identity: JSON-able mapping of all that the stages depend on. A folder with stages of another
+        identity is refused; one in which nothing was finished or half finished is taken over.
 
     Raises:
-      ValueError: the folder holds a run of another configuration.
+      ValueError: the folder holds another run, or is a file.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any]):
-        self.path = path
-        known = path / "config.json"
-        if known.exists():
-            before = json.loads(known.read_text())
-            if changed := _differences(before, config):
-                raise ValueError(
-                    f"{path} holds a run of another configuration ({'; '.join(changed)}); choose "
-                    "another --out, or delete the folder"
-                )
+    def __init__(
+        self,
+        path: Path,
+        *,
+        config: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        identity: Mapping[str, Any],
+    ):
+        if path.is_file():
+            raise ValueError(f"{path} is a file; wanted a folder for the run: choose another --out")
+        self.path, self.environment = path, environment
+        self._check_identity(identity)
         (path / "stages").mkdir(parents=True, exist_ok=True)
-        write_json(known, config)
+        # The identity first, as it vouches for what follows.
+        write_json(path / "identity.json", identity)
+        write_json(path / "config.json", config)
+        write_json(path / "environment.json", environment)
+
+    def _check_identity(self, identity: Mapping[str, Any]) -> None:
+        if not any(True for glob in ("stages/*.json", "states/*/*") for _ in self.path.glob(glob)):
+            return
+        what = "choose another --out, or delete the folder"
+        try:
+            before = json.loads((self.path / "identity.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{self.path} holds stages of an unknown run, for its identity.json is missing or "
+                f"damaged; {what}"
+            ) from error
+        if changed := _differences(before, identity):
+            raise ValueError(
+                f"{self.path} holds a run of another configuration ({'; '.join(changed)}); {what}"
+            )
+
+    def states(self, name: str) -> Path:
+        """Where a stage keeps the state from which it resumes; removed when the stage is done."""
+        return self.path / "states" / name
 
     def stage(
         self, name: str, template: Any, work: Callable[[], tuple[Any, dict[str, Any]]]
@@ -60,22 +91,59 @@ class RunFolder:
         Args:
           name: of the stage and of its checkpoint.
           template: shapes and dtypes of the variables.
-          work: gives the variables and what else to remember (JSON-able).
+          work: gives the variables and what else to remember (JSON-able). ``seconds`` in it is time
+            that earlier processes spent on the stage before they were killed; it is added.
 
         Returns:
-          Variables, and the record with ``seconds`` and ``peak_memory_mb``.
+          Variables, and the record with ``seconds``, ``peak_memory_mb`` and ``environment``.
+
+        Raises:
+          ValueError: the stage ended in NaN or inf, or its checkpoint is torn.
         """
         record_file = self.path / "stages" / f"{name}.json"
         checkpoint = self.path / "checkpoints" / name
-        if record_file.exists():
-            return restore_variables(checkpoint, template), json.loads(record_file.read_text())
-        with measured() as cost:
-            variables, record = work()
-            jax.block_until_ready(variables)
-        save_variables(checkpoint, variables)
-        record = json_value(record | cost()._asdict())
-        write_json(record_file, record)
+        if not record_file.exists():
+            with measured() as cost:
+                variables, record = work()
+                jax.block_until_ready(variables)
+            check_finite(variables, where=f"{name} model")
+            save_variables(checkpoint, variables)
+            spent, peak = cost()
+            record |= {"seconds": spent + record.get("seconds", 0.0), "peak_memory_mb": peak}
+            record = json_value(record | {"environment": self.environment})
+            write_json(record_file, record)
+        else:
+            variables, record = _restored(checkpoint, template, record_file)
+        shutil.rmtree(self.states(name), ignore_errors=True)  # not before the stage is on disk
         return variables, record
+
+
+def _restored(checkpoint: Path, template: Any, record_file: Path) -> tuple[Any, dict[str, Any]]:
+    try:
+        return restore_variables(checkpoint, template), json.loads(record_file.read_text())
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{error}\n{record_file} says that this stage is done; delete {checkpoint} and "
+            f"{record_file.name}, and it is done again"
+        ) from error
+
+
+def digest(tree: Any) -> str:
+    """Twelve hex digits that name the arrays of a tree, their places, shapes and types.
+
+    Examples:
+      >>> digest({"a": np.zeros(2)}) == digest({"a": np.zeros(2)})
+      True
+      >>> digest({"a": np.zeros(2)}) == digest({"a": np.zeros((2, 1))})
+      False
+    """
+    seen = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        array = np.asarray(leaf)
+        seen.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        # As bytes: a buffer of bfloat16 has no format that hashlib knows.
+        seen.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return seen.hexdigest()[:12]
 
 
 @contextmanager
@@ -104,11 +172,12 @@ def measured() -> Iterator[Callable[[], Cost]]:
     try:
         yield lambda: cost[0] if cost else Cost(time.perf_counter() - started, peak[0])
     finally:
+        seconds = time.perf_counter() - started
         done.set()
         watcher.join()
         device = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
         memory = device["peak_bytes_in_use"] / 2**20 if device else max(peak[0], _resident_mb())
-        cost.append(Cost(time.perf_counter() - started, memory))
+        cost.append(Cost(seconds, memory))
 
 
 def write_json(path: Path, value: Any) -> None:

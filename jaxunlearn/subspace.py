@@ -72,7 +72,7 @@ class SpectralProjector(NamedTuple):
 
     def dense(self) -> Float[Array, "*batch d d"]:
         """``P`` as a matrix."""
-        return self(jnp.eye(self.basis.shape[-2], dtype=self.basis.dtype))
+        return self(_identity_like(self.basis))
 
     def rank(self) -> Float[Array, "*batch"]:
         """Trace of ``P``: the number of kept directions if the weights are 0 or 1."""
@@ -93,12 +93,9 @@ class CholeskyProjector(NamedTuple):
     alpha: Float[Array, ""]
 
     def _solve(self, x: Array) -> Array:
-        factor, x = (
-            jnp.broadcast_arrays(self.factor, x) if self.factor.ndim > 2 else (self.factor, x)
-        )
-        half = jax.lax.linalg.triangular_solve(factor, x, left_side=True, lower=True)
+        half = jax.lax.linalg.triangular_solve(self.factor, x, left_side=True, lower=True)
         return jax.lax.linalg.triangular_solve(
-            factor, half, left_side=True, lower=True, transpose_a=True
+            self.factor, half, left_side=True, lower=True, transpose_a=True
         )
 
     def __call__(self, x: Float[Array, "*batch d m"]) -> Float[Array, "*batch d m"]:
@@ -111,7 +108,7 @@ class CholeskyProjector(NamedTuple):
 
     def dense(self) -> Float[Array, "*batch d d"]:
         """``P`` as a matrix."""
-        return self(jnp.eye(self.gram.shape[-1], dtype=self.gram.dtype))
+        return self(_identity_like(self.gram))
 
 
 def eigenbasis(gram: Float[Array, "*batch d d"]) -> Eigenbasis:
@@ -181,7 +178,8 @@ def importance(basis: Eigenbasis, *, alpha: float | Float[Array, ""]) -> Spectra
       [0.8999999761581421, 0.5]
     """
     s = basis.eigenvalues / _nonzero(jnp.sum(basis.eigenvalues, axis=-1, keepdims=True))
-    weights = alpha * s / ((alpha - 1) * s + 1)
+    # The same denominator as (α-1) s + 1, which cancels to 0 at s = 1 and a tiny α.
+    weights = alpha * s / (alpha * s + (1 - s))
     return SpectralProjector(basis.eigenvectors, weights, jnp.zeros((), weights.dtype))
 
 
@@ -205,8 +203,7 @@ def importance_solve(
     trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
     normalised = symmetrize(gram) / _nonzero(trace)
     alpha = jnp.asarray(alpha, normalised.dtype)
-    identity = jnp.eye(gram.shape[-1], dtype=normalised.dtype)
-    shifted = (alpha - 1) * normalised + identity.reshape((1,) * (gram.ndim - 2) + identity.shape)
+    shifted = (alpha - 1) * normalised + _identity_like(normalised)
     return CholeskyProjector(normalised, jnp.linalg.cholesky(shifted), alpha)
 
 
@@ -217,12 +214,21 @@ def truncate(projector: SpectralProjector) -> SpectralProjector:
     outside ``jit`` (the new shape depends on the values). Applying the result costs
     ``4 d m · min(r, d - r)`` flops. Batched projectors keep the largest count of the batch.
 
+    Raises:
+      ValueError: weights other than 0 and 1 (a soft projector has no rank).
+
     Examples:
       >>> P = truncate(top_eigenspace(eigenbasis(jnp.diag(jnp.arange(5.0))), energy=0.9))
       >>> P.basis.shape, P.dense().diagonal().tolist()
       ((5, 2), [0.0, 0.0, 1.0, 1.0, 1.0])
     """
-    kept = np.abs(np.asarray(projector.weights)) > 0.5
+    size = np.abs(np.asarray(projector.weights))
+    if not np.isin(size, (0, 1)).all():
+        raise ValueError(
+            f"truncate: weights from {size.min():.3g} to {size.max():.3g}; wanted 0 and 1 only, as "
+            "of top_eigenspace or null_space: apply a soft projector as it is"
+        )
+    kept = size > 0
     sign = 1 - 2 * projector.shift
     d = projector.basis.shape[-2]
     if int(kept.sum(-1).max()) <= d - int(kept.sum(-1).min()):
@@ -234,6 +240,11 @@ def truncate(projector: SpectralProjector) -> SpectralProjector:
     basis = jnp.take_along_axis(projector.basis, order[..., None, :], axis=-1)
     weights = jnp.take_along_axis(jnp.asarray(selected, basis.dtype), order, axis=-1)
     return SpectralProjector(basis, sign * weights, shift)
+
+
+def _identity_like(matrix: Float[Array, "*batch d r"]) -> Float[Array, "*batch d d"]:
+    *batch, d, _ = matrix.shape
+    return jnp.broadcast_to(jnp.eye(d, dtype=matrix.dtype), (*batch, d, d))
 
 
 def _nonzero(x: Array) -> Array:

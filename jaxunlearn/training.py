@@ -255,7 +255,8 @@ def fit(
             )
         score = accuracy(apply_fn, state.variables, validation) if validation else float("nan")
         row = [metrics["loss"], metrics["accuracy"], score, time.monotonic() - started]
-        better = validation is None or score > _best_score(run.history[:done])
+        # In the precision of the history, or a tie would pass for a gain.
+        better = validation is None or np.float32(score) > _best_score(run.history[:done])
         run = _Run(
             state,
             state.variables if better else run.best,
@@ -304,7 +305,7 @@ def _exhausted(history: Array, patience: int | None) -> bool:
 
 def _figures(epoch: int, row: list[float]) -> dict[str, float]:
     loss, train_accuracy, validation, seconds = row
-    figures = {"epoch": epoch, "loss": loss, "accuracy": train_accuracy, "seconds": seconds}
+    figures = {"epoch": float(epoch), "loss": loss, "accuracy": train_accuracy, "seconds": seconds}
     return figures if np.isnan(validation) else figures | {"validation": validation}
 
 

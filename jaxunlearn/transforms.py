@@ -107,6 +107,10 @@ def mask_updates(mask: optax.Params) -> optax.GradientTransformation:
     Args:
       mask: pytree like the parameters with scalars or arrays that broadcast to the leaves.
 
+    Raises:
+      ValueError: at ``init``: the mask has another structure than the parameters, or a leaf that
+        does not broadcast to its parameter.
+
     Examples:
       >>> link = mask_updates({"w": jnp.array([1.0, 0.0])})
       >>> link.update({"w": jnp.array([5.0, 5.0])}, link.init({"w": jnp.zeros(2)}))[0]["w"].tolist()
@@ -117,19 +121,30 @@ def mask_updates(mask: optax.Params) -> optax.GradientTransformation:
         wanted, got = jax.tree.structure(params), jax.tree.structure(mask)
         if got != wanted:  # type: ignore[operator]
             raise ValueError(f"mask has structure {got}; wanted that of the parameters, {wanted}")
+        jax.tree.map_with_path(_check_mask, params, mask)
         return MaskUpdatesState(mask)
 
     def update(
         updates: optax.Updates, state: MaskUpdatesState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, MaskUpdatesState]:
         del params
-        return jax.tree.map(lambda u, m: u * m, updates, state.mask), state
+        return jax.tree.map(lambda u, m: (u * m).astype(u.dtype), updates, state.mask), state
 
     return optax.GradientTransformation(init, update)
 
 
 def _name(tree_path: tuple) -> str:
     return jax.tree_util.keystr(tree_path, simple=True, separator="/")
+
+
+def _check_mask(tree_path: tuple, param: Any, mask: Any) -> None:
+    """A mask that is larger than its parameter would enlarge the parameter by broadcasting."""
+    wanted, got = jnp.shape(param), jnp.shape(mask)
+    trailing = wanted[len(wanted) - len(got) :]
+    if len(got) > len(wanted) or any(m not in (1, n) for m, n in zip(got, trailing, strict=True)):
+        raise ValueError(
+            f"mask of {_name(tree_path)!r} has shape {got}; wanted one that broadcasts to {wanted}"
+        )
 
 
 def _project(
@@ -155,9 +170,14 @@ def _check_layer(spec: LayerSpec, projector: Projector, leaves: Mapping[str, Any
         )
     K = jax.ShapeDtypeStruct((*spec.gram_shape[:-1], spec.d_out), jnp.float32)
     try:
-        jax.eval_shape(lambda P, x: P(x), projector, K)
-    except TypeError as error:
+        projected = jax.eval_shape(lambda P, x: P(x), projector, K).shape
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"projector of layer {spec.path!r} does not apply to its kernel as a matrix "
             f"{K.shape}: {error}"
         ) from error
+    if projected != K.shape:
+        raise ValueError(
+            f"projector of layer {spec.path!r} makes {projected} of its kernel as a matrix "
+            f"{K.shape}; wanted the same shape: build it from the Gram of this layer"
+        )

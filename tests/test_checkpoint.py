@@ -353,3 +353,16 @@ def test_saving_a_small_network_takes_well_under_a_second(tmp_path):
     save_variables(tmp_path / "model", variables)
     save_state(tmp_path / "states", 1, variables)
     assert time.perf_counter() - begin < 1.0
+
+
+def test_arrays_without_entries_come_back_empty(tmp_path):
+    """A projector on nothing stores a basis ``[d, 0]``."""
+    tree = {"basis": jnp.zeros((3, 0)), "shift": jnp.ones(())}
+    save_variables(tmp_path / "variables", tree)
+    save_state(tmp_path / "states", 1, tree)
+    for back in (
+        restore_variables(tmp_path / "variables", tree),
+        restore_latest(tmp_path / "states", tree)[1],
+    ):
+        assert back["basis"].shape == (3, 0)
+        assert back["shift"] == 1

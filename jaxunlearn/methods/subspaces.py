@@ -14,16 +14,15 @@ one class's Gram exists at a time:
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxunlearn.linalg import RankRule, symmetrize
+from jaxunlearn.linalg import RankRule
 from jaxunlearn.subspace import (
     HIGHEST,
-    Eigenbasis,
     SpectralProjector,
     eigenbasis,
     top_eigenspace,
@@ -32,6 +31,7 @@ from jaxunlearn.subspace import (
 
 Builder = Literal["concat", "gpm", "pooled"]
 Grams = dict[str, Array]
+Share = float | Float[Array, ""]
 
 
 class RetainedSpace(NamedTuple):
@@ -62,63 +62,64 @@ def retained_spaces(
 
     Returns:
       ``{path: RetainedSpace}``, the projectors stored by their thinner side.
+
+    Raises:
+      ValueError: an unknown builder; no class at all.
     """
+    if builder not in get_args(Builder):
+        raise ValueError(f"unknown builder {builder!r}; write one of {get_args(Builder)}")
     memory: Grams = {}
     totals: Grams = {}
     final_energy = merge_energy
     for k, grams in class_grams:
-        first = not memory
+        first = not totals
         for path, G in grams.items():
-            S = memory.get(path)
-            memory[path] = _ADD[builder](S, G, energy(k), "below" if rule == "below" else "reach")
+            M = memory.get(path, jnp.zeros_like(G))
             totals[path] = G if first else totals[path] + G
-        if builder == "pooled":
-            final_energy = energy(k)
-    if not memory:
+            if builder == "concat":
+                memory[path] = _add_projector(M, _leading(G, energy(k), rule))
+            elif builder == "gpm":
+                # Only the first class falls one direction short, in the reference code too.
+                memory[path] = _append(M, G, energy(k), first and rule == "below")
+        if builder == "pooled" and first:
+            memory, final_energy = totals, energy(k)
+    if not totals:
         raise ValueError("there is no class to retain: no class Gram was given")
     return {
-        path: RetainedSpace(truncate(_finish(builder, M, final_energy, rule)), totals[path])
+        path: RetainedSpace(
+            truncate(_span(M) if builder == "gpm" else _leading(M, final_energy, rule)),
+            totals[path],
+        )
         for path, M in memory.items()
     }
 
 
-@partial(jax.jit, static_argnums=3)
-def _add_concat(A: Array | None, G: Array, energy: float, rule: RankRule) -> Array:
-    P = top_eigenspace(eigenbasis(G), energy=energy, rule=rule).dense()
-    return P if A is None else A + P
+@partial(jax.jit, static_argnums=2)
+def _leading(G: Array, energy: Share, rule: RankRule) -> SpectralProjector:
+    return top_eigenspace(eigenbasis(G), energy=energy, rule=rule)
 
 
-@partial(jax.jit, static_argnums=3)
-def _add_pooled(A: Array | None, G: Array, energy: float, rule: RankRule) -> Array:
-    del energy, rule
-    return G if A is None else A + G
+@jax.jit
+def _add_projector(A: Array, P: SpectralProjector) -> Array:
+    return A + P.dense()
 
 
-@partial(jax.jit, static_argnums=3)
-def _add_gpm(P: Array | None, G: Array, energy: float, rule: RankRule) -> Array:
-    if P is None:
-        return top_eigenspace(eigenbasis(G), energy=energy, rule=rule).dense()
+@jax.jit
+def _append(P: Array, G: Array, energy: Share, below: bool | Array) -> Array:
     total = jnp.trace(G, axis1=-2, axis2=-1)[..., None]
     half = G - jnp.matmul(P, G, precision=HIGHEST)
-    R = symmetrize(half - jnp.matmul(half, P, precision=HIGHEST))
-    w, V = eigenbasis(R)
+    w, V = eigenbasis(half - jnp.matmul(half, P, precision=HIGHEST))
     held = total - jnp.sum(w, axis=-1, keepdims=True)
     room = G.shape[-1] - jnp.round(jnp.trace(P, axis1=-2, axis2=-1))[..., None]
-    # Later classes append up to and including the direction that reaches the share, in the
-    # reference code too: the shortfall of "below" is the first class's alone.
-    missing = held + jnp.cumsum(w, axis=-1) - w < energy * total
+    sums = jnp.cumsum(w, axis=-1)
+    cumulative = jax.lax.cummax(sums, axis=sums.ndim - 1)  # as in energy_mask
+    missing = held + jnp.where(below, cumulative, cumulative - w) < energy * total
     append = missing & (jnp.arange(w.shape[-1]) < room)
     return P + SpectralProjector(V, append.astype(w.dtype), jnp.zeros((), w.dtype)).dense()
 
 
-@partial(jax.jit, static_argnums=(0, 3))
-def _finish(builder: Builder, M: Array, energy: float, rule: RankRule) -> SpectralProjector:
-    basis = eigenbasis(M)
-    if builder == "gpm":  # M is S Sᵀ itself: eigenvalues 1 and 0
-        kept = (basis.eigenvalues > 0.5).astype(M.dtype)
-        basis = Eigenbasis(kept, basis.eigenvectors)
-        return SpectralProjector(basis.eigenvectors, kept, jnp.zeros((), M.dtype))
-    return top_eigenspace(basis, energy=energy, rule=rule)
-
-
-_ADD = {"concat": _add_concat, "gpm": _add_gpm, "pooled": _add_pooled}
+@jax.jit
+def _span(P: Array) -> SpectralProjector:
+    """The same projector with its basis; its eigenvalues are 1 and 0."""
+    w, U = eigenbasis(P)
+    return SpectralProjector(U, (w > 0.5).astype(P.dtype), jnp.zeros((), P.dtype))

@@ -15,7 +15,8 @@ norms and their statistics), inference mode, and a projection that comes last.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -32,7 +33,7 @@ from jaxunlearn.linalg import RankRule
 from jaxunlearn.methods.base import Unlearned, UnlearningProblem, check_problem
 from jaxunlearn.methods.labels import excluded_classes, pseudo_label, pseudo_labels, random_label
 from jaxunlearn.methods.subspaces import Builder, Grams, RetainedSpace, retained_spaces
-from jaxunlearn.subspace import HIGHEST
+from jaxunlearn.subspace import HIGHEST, SpectralProjector
 from jaxunlearn.training import (
     Relabel,
     TrainState,
@@ -45,6 +46,16 @@ from jaxunlearn.transforms import mask_updates, project_updates
 
 NEEDS = frozenset({"forget", "retain"})
 SCOPES = frozenset({"class", "classes", "samples"})
+
+Labels = Literal["pseudo", "random"]
+Optimizer = Literal["sgd", "adam"]
+_CHOICES = {
+    "builder": get_args(Builder),
+    "rank_rule": get_args(RankRule),
+    "patches": get_args(Patches),
+    "labels": get_args(Labels),
+    "optimizer": get_args(Optimizer),
+}
 
 
 @dataclass(frozen=True)
@@ -81,18 +92,21 @@ class UNSCConfig:
     images_per_class: int | None = 256
     images_per_layer: tuple[int, ...] | None = None
     augment_subspace: bool = False
-    labels: Literal["pseudo", "random"] = "pseudo"
+    labels: Labels = "pseudo"
     project: bool = True
     learning_rate: float = 0.04
     epochs: int = 25
     batch_size: int = 512
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Optimizer = "sgd"
     momentum: float = 0.0
     augment: bool = True
     dropout: bool = False
     stop_below: float | None = None
 
     def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: write one of {allowed}")
         energies = self.energy if isinstance(self.energy, tuple) else (self.energy,)
         for share in (*energies, self.merge_energy):
             if share is not None and not 0 < share <= 1:
@@ -104,16 +118,23 @@ class UNSCConfig:
                 f"epochs = {self.epochs}, batch_size = {self.batch_size}, learning_rate = "
                 f"{self.learning_rate}: wanted at least 1, at least 1 and at least 0"
             )
+        if not 0 <= self.momentum < 1 or (self.momentum and self.optimizer != "sgd"):
+            raise ValueError(
+                f"momentum = {self.momentum} with optimizer = {self.optimizer!r}: wanted a number "
+                "in [0, 1), and 0 for any other optimizer than sgd"
+            )
         if self.images_per_class is not None and self.images_per_class < 1:
             raise ValueError(
                 f"images_per_class = {self.images_per_class}: wanted at least 1, or None for all"
+            )
+        if self.images_per_layer is not None and min(self.images_per_layer, default=1) < 1:
+            raise ValueError(
+                f"images_per_layer = {self.images_per_layer}: wanted at least 1 for every layer"
             )
 
     def class_energy(self, k: int) -> float:
         """Share of the trace of class ``k`` to keep."""
         if isinstance(self.energy, tuple):
-            if k >= len(self.energy):
-                raise ValueError(f"energy has {len(self.energy)} entries, none for class {k}")
             return self.energy[k]
         if self.energy is not None:
             return self.energy
@@ -142,10 +163,15 @@ def unsc(
 
     Raises:
       ValueError: see :func:`jaxunlearn.methods.base.check_problem`.
-      FloatingPointError: the loss is no longer finite.
+      FloatingPointError: the loss or a weight is no longer finite.
     """
     config = config or UNSCConfig()
     check_problem(problem, method="unsc", needs=NEEDS, scopes=SCOPES)
+    if isinstance(config.energy, tuple) and len(config.energy) != problem.num_classes:
+        raise ValueError(
+            f"energy has {len(config.energy)} entries for {problem.num_classes} classes; write one "
+            "per class, or one number"
+        )
     specs = describe_layers(problem.apply_fn, problem.variables, problem.forget.inputs[:1])
     collect_key, order_key, step_key = jax.random.split(key, 3)
     spaces: dict[str, RetainedSpace] = {}
@@ -157,13 +183,14 @@ def unsc(
             merge_energy=config.merge_energy,
             rule=config.rank_rule,
         )
-    link = _restrict(problem, specs, spaces)
-    optimizer = optax.chain(_base_optimizer(config), link)
+    projectors = {path: space.projector for path, space in spaces.items()}
+    optimizer = optax.chain(_base_optimizer(config), _restrict(problem, specs, projectors))
     labels = pseudo_labels(problem)
     forget = problem.forget.with_batch_size(config.batch_size)
     variables, curves = _finetune(order_key, step_key, problem, forget, labels, config, optimizer)
     if spaces:
-        params = _project_change(problem.variables["params"], variables["params"], link)
+        params = problem.variables["params"], variables["params"]
+        params = _project_change(tuple(specs.values()), projectors, *params)
         variables = {**variables, "params": params}
     info = curves | {
         "steps": len(curves["losses"]) * len(forget),
@@ -186,7 +213,14 @@ def class_grams(
     """``(class, {path: Gram})`` of the retained classes in increasing order (Algorithm 1)."""
     if problem.grams is not None:
         for k in sorted(problem.grams.keys() - set(problem.forget_classes)):
-            yield k, {path: problem.grams[k][path].gram for path in specs}
+            stored = {path: state.gram for path, state in problem.grams[k].items()}
+            fits = {p for p, s in specs.items() if p in stored and stored[p].shape == s.gram_shape}
+            if wrong := sorted(specs.keys() - fits):
+                raise ValueError(
+                    f"the Grams of class {k} lack layers {wrong} of the model, or have other "
+                    "shapes; accumulate them with this model's layers"
+                )
+            yield k, {path: stored[path] for path in specs}
         return
     assert problem.retain is not None  # check_problem
     counts = config.images_per_layer or (config.images_per_class,) * len(specs)
@@ -233,11 +267,10 @@ def _base_optimizer(config: UNSCConfig) -> optax.GradientTransformation:
 def _restrict(
     problem: UnlearningProblem,
     specs: Mapping[str, LayerSpec],
-    spaces: Mapping[str, RetainedSpace],
+    projectors: Mapping[str, SpectralProjector],
 ) -> optax.GradientTransformation:
     """Updates of kernels into the retained null spaces; without these, of kernels as they are."""
-    if spaces:
-        projectors = {path: space.projector for path, space in spaces.items()}
+    if projectors:
         return project_updates(projectors, specs, complement=True)
     kernels = {spec.kernel_path for spec in specs.values()}
 
@@ -288,13 +321,20 @@ def _finetune(
         accuracies.append(accuracy(problem.apply_fn, state.variables, forget))
         if config.stop_below is not None and accuracies[-1] < config.stop_below:
             break
+    if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.variables["params"])):
+        raise FloatingPointError("unsc: the last step overflowed the weights: lower learning_rate")
     return state.variables, {"losses": losses, "forget_accuracy": accuracies}
 
 
+@partial(jax.jit, static_argnums=0)
 def _project_change(
-    before: optax.Params, after: optax.Params, link: optax.GradientTransformation
+    specs: tuple[LayerSpec, ...],
+    projectors: Mapping[str, SpectralProjector],
+    before: optax.Params,
+    after: optax.Params,
 ) -> optax.Params:
     """``K_o + (I - P)(K_u - K_o)``: every step's rounding leaks a little, and leaks add up."""
+    link = project_updates(projectors, {spec.path: spec for spec in specs}, complement=True)
     change, _ = link.update(jax.tree.map(jnp.subtract, after, before), link.init(before))
     return optax.apply_updates(before, change)
 
@@ -339,13 +379,20 @@ def _layer_info(
     spec: LayerSpec, space: RetainedSpace, before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> dict[str, float | int]:
     """Whether the projection held: all of it measured on the kernels, none of it assumed."""
-    K, K_u = (kernel_as_matrix(spec, _kernel(spec, v["params"])) for v in (before, after))
+    figures = _measure(spec, space, *(_kernel(spec, v["params"]) for v in (before, after)))
+    rank = int(jnp.max(space.projector.rank()))
+    return {"d_in": spec.d_in, "rank": rank} | {name: float(x) for name, x in figures.items()}
+
+
+@partial(jax.jit, static_argnums=0)
+def _measure(
+    spec: LayerSpec, space: RetainedSpace, before: Array, after: Array
+) -> dict[str, Float[Array, ""]]:
+    K, K_u = kernel_as_matrix(spec, before), kernel_as_matrix(spec, after)
     change = K_u - K
     protected = space.projector(change)
     inside = jnp.sum(space.projector.dense() * space.gram)
     return {
-        "d_in": spec.d_in,
-        "rank": int(jnp.max(space.projector.rank())),
         "energy": _ratio(inside, jnp.trace(space.gram, axis1=-2, axis2=-1).sum()),
         "leak": _ratio(jnp.linalg.norm(protected), jnp.linalg.norm(change)),
         "drift": _ratio(_quadratic(space.gram, change), _quadratic(space.gram, K)) ** 0.5,
@@ -363,5 +410,6 @@ def _quadratic(G: Float[Array, "*lead d d"], K: Float[Array, "*lead d m"]) -> Fl
     return jnp.maximum(jnp.sum(K * jnp.matmul(G, K, precision=HIGHEST)), 0)
 
 
-def _ratio(a: Array, b: Array) -> float:
-    return float(a / b) if b > 0 else 0.0
+def _ratio(a: Float[Array, ""], b: Float[Array, ""]) -> Float[Array, ""]:
+    """``a / b``, and 0 if nothing is there to be a share of."""
+    return jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))

@@ -1,0 +1,303 @@
+"""README and docs: the code runs, the commands parse, links and tables hold.
+
+Blocks marked ``python`` are run, all of a page in one namespace, in a folder that has the
+repository's configs, examples and benchmarks and the files that the page shows: a block whose first
+line is a comment with a file name. ``python no-run`` is not run. Numbers are not compared.
+"""
+
+import doctest
+import inspect
+import json
+import pkgutil
+import re
+import shlex
+import sys
+import textwrap
+import tomllib
+import types
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from typer.testing import CliRunner
+
+from jaxunlearn.cli import app
+from jaxunlearn.config import RunConfig, config_from_mapping, fingerprint, to_mapping
+from jaxunlearn.evaluation.membership import SVCAttack
+from jaxunlearn.experiment import prepare
+from jaxunlearn.methods import METHODS, UNSCConfig
+from jaxunlearn.models import MODELS
+from jaxunlearn.report import example_arrays
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *DOCS]
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<text>.*?)^(?P=indent)``` *$", re.M | re.S
+)
+DOCTESTS = doctest.DocTestRunner(
+    verbose=False, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+)
+SHELLS = ("bash", "console", "sh", "shell")
+
+
+class Block(NamedTuple):
+    """A fenced block: the words after the fence, its text, and the line at which that begins."""
+
+    info: list[str]
+    text: str
+    line: int
+
+    @property
+    def file_name(self):
+        """Name in a first line such as ``# my_models.py``."""
+        match = re.match(r"# (\w+\.\w+)\n", self.text)
+        return match and match[1]
+
+
+def _blocks(page):
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(
+            match["info"].split(),
+            textwrap.dedent(match["text"]),
+            text[: match.start()].count("\n") + 1,
+        )
+        for match in FENCE.finditer(text)
+    ]
+
+
+def _prose(page):
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def _spans(page):
+    """Inline code."""
+    return re.findall(r"`([^`\n]+)`", _prose(page))
+
+
+def _commands(page):
+    """Command lines as words: of shell blocks (``$ `` before them in ``console``) and inline."""
+    lines = [span for span in _spans(page) if span.startswith("jaxunlearn ")]
+    for block in _blocks(page):
+        if block.info[:1] and block.info[0] in SHELLS:
+            joined = block.text.replace("\\\n", " ").splitlines()
+            prompted = [line[2:] for line in joined if line.startswith("$ ")]
+            lines += prompted if block.info[0] == "console" else joined
+    words = [shlex.split(line, comments=True) for line in lines]
+    while_set = re.compile(r"\w+=")
+    return [
+        line[next(i for i, w in enumerate(line) if not while_set.match(w)) :]
+        for line in words
+        if line
+    ]
+
+
+def _with(kind):
+    """Pages in which something is found, with what is found."""
+    return [pytest.param(page, found, id=page.name) for page in PAGES if (found := kind(page))]
+
+
+def _python(page):
+    return [
+        block
+        for block in _blocks(page)
+        if block.info[:1] == ["python"] and "no-run" not in block.info
+    ]
+
+
+def _toml(page):
+    return [block for block in _blocks(page) if block.info[:1] == ["toml"]]
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """Makes the working folder of a page."""
+
+    def enter(page):
+        for shown in ("benchmarks", "configs", "examples"):
+            if (ROOT / shown).exists():
+                (tmp_path / shown).symlink_to(ROOT / shown)
+        for block in _blocks(page):
+            if block.file_name:
+                (tmp_path / block.file_name).write_text(block.text)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        return tmp_path
+
+    return enter
+
+
+def test_there_is_a_readme_and_an_index_of_the_docs():
+    assert PAGES[0].exists()
+    index = (ROOT / "docs" / "index.md").read_text()
+    assert not [
+        page.name
+        for page in DOCS
+        if page.name not in (*re.findall(r"\((.*?)\)", index), "index.md")
+    ]
+
+
+@pytest.mark.parametrize(("page", "blocks"), _with(_python))
+def test_code_runs(page, blocks, workspace, monkeypatch, capsys):
+    workspace(page)
+    module = types.ModuleType(f"code_of_{page.stem.replace('-', '_')}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where classes look for their home
+    for block in blocks:
+        if ">>> " in block.text:
+            case = doctest.DocTestParser().get_doctest(
+                block.text, module.__dict__, page.name, str(page), block.line
+            )
+            report = []
+            DOCTESTS.run(case, out=report.append, clear_globs=False)
+            assert not report, "".join(report)
+            module.__dict__.update(case.globs)  # the parser took a copy
+        else:
+            # Empty lines first, for the right line numbers in a traceback.
+            source = "\n" * block.line + block.text
+            exec(compile(source, str(page), "exec"), module.__dict__)
+    if "training" in (report := getattr(module, "report", {})):  # of a real run
+        _check_keys(report)
+
+
+@pytest.mark.parametrize(("page", "blocks"), _with(_toml))
+def test_shown_configs_are_valid(page, blocks, workspace):
+    workspace(page)
+    for block in blocks:
+        tables = tomllib.loads(block.text)
+        tables.setdefault("data", {}).setdefault("forget", 3)
+        _check(config_from_mapping(tables), checked := {})
+        assert checked
+
+
+@pytest.mark.parametrize(("page", "commands"), _with(_commands))
+def test_commands_parse_and_name_what_exists(page, commands, workspace, monkeypatch):
+    folder = workspace(page)
+    checked = {}
+    monkeypatch.setattr("jaxunlearn.experiment.run", lambda config, **_: _check(config, checked))
+    for command in commands:
+        for word in command:
+            if word.endswith((".py", ".toml")):
+                assert (folder / word).exists(), f"{word} of {shlex.join(command)}"
+        if command[:2] == ["python", "-m"] and command[2].startswith("benchmarks"):
+            assert (folder / f"{command[2].replace('.', '/')}.py").exists(), shlex.join(command)
+        if command[0] == "jaxunlearn" and "CONFIG" not in command:
+            result = CliRunner().invoke(app, command[1:])
+            assert not result.exit_code, f"{shlex.join(command)}\n{result.output}"
+
+
+def _check(config, checked):
+    """Everything of a run up to its first computation; for data that may not be here, less."""
+    key = fingerprint(to_mapping(config) | {"out": ""})
+    if key not in checked:
+        checked[key] = METHODS[config.unlearn.method].config(**config.unlearn.options)
+        given = (config.train.checkpoint, config.train.weights, config.retrain.checkpoint)
+        if config.data.source == "digits" and not any(given):
+            prepare(config)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", _prose(page)):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", _prose(file), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in slugs, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_of_the_package_exist(page):
+    for span in _spans(page):
+        if re.fullmatch(r"jaxunlearn(\.\w+)+", span):
+            pkgutil.resolve_name(span)
+
+
+def _rows(page):
+    """Cells of the rows of a page's tables, by their first cell."""
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    # A bar inside inline code or written \| ends no cell.
+    table = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+    return {cells[0].strip().strip("`"): [cell.strip() for cell in cells[1:]] for cells in table}
+
+
+def _defaults(config, prefix=""):
+    """Dotted key to default, of a dataclass and the dataclasses in it; none for free options."""
+    found = {}
+    for field in fields(config):
+        if is_dataclass(field.type):
+            found |= _defaults(field.type, f"{prefix}{field.name}.")
+        elif field.name != "options":
+            required = field.default is MISSING and field.default_factory is MISSING
+            found[prefix + field.name] = "required" if required else _written(field.default)
+    return found
+
+
+def _written(value):
+    return "none" if value is None else f"`{json.dumps(value)}`"
+
+
+@pytest.mark.parametrize(
+    ("page", "config"),
+    [("configuration.md", RunConfig), ("unsc.md", UNSCConfig)],
+    ids=["configuration", "unsc"],
+)
+def test_every_setting_is_documented_with_its_default(page, config):
+    rows = _rows(ROOT / "docs" / page)
+    for key, default in _defaults(config).items():
+        assert key in rows, f"{page} has no row for {key}"
+        assert default in rows[key], f"{key}: {rows[key]}, wanted {default}"
+
+
+def test_every_network_is_documented_with_its_options():
+    rows = _rows(ROOT / "docs" / "configuration.md")
+    for name, network in MODELS.items():
+        options = {
+            key: parameter.default
+            for key, parameter in inspect.signature(network).parameters.items()
+            if key not in ("num_classes", "parent", "name")
+        }
+        shown = ", ".join(f"`{key} = {json.dumps(value)}`" for key, value in options.items())
+        assert rows[name] == [shown]
+
+
+def test_every_array_and_every_outcome_of_the_attack_is_documented():
+    assert not {*example_arrays(), *SVCAttack._fields} - _named_in_report_page()
+
+
+def _check_keys(report):
+    """Every key of a run's report stands on its page, but those that name settings and layers."""
+    method, environment = report["method"], report["environment"]
+    layer = next(iter(method["info"]["layers"].values()))
+    report = report | {
+        "config": {},
+        "environment": environment | {"versions": {}},
+        "method": method | {"config": {}, "info": method["info"] | {"layers": layer}},
+    }
+    assert not sorted({*_keys(report)} - _named_in_report_page())
+
+
+def _named_in_report_page():
+    spans = _spans(ROOT / "docs" / "report.md")
+    return {word for span in spans for word in re.findall(r"\w+", span)}
+
+
+def _keys(tree):
+    if isinstance(tree, dict):
+        yield from tree
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        for branch in tree:
+            yield from _keys(branch)
+
+
+def test_the_changelog_gives_a_reason_for_every_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert not sorted(name for name in names if f"`{name}`" not in changelog)
