@@ -1,7 +1,7 @@
-"""Parts that benchmarks share: models of one problem, figures of merit, results beside their environment."""
+"""What benchmarks share: the problem of a config, figures of merit, results with environment."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +10,63 @@ import numpy as np
 
 from jaxunlearn.assessment import retain_sample
 from jaxunlearn.batches import Batches
+from jaxunlearn.checkpoint import restore_variables
 from jaxunlearn.environment import describe_environment
 from jaxunlearn.evaluation.metrics import accuracy
 from jaxunlearn.evaluation.report import json_value, predict
 from jaxunlearn.experiment import Prepared
+from jaxunlearn.methods import UnlearningProblem
 from jaxunlearn.stages import write_json
 
 RESULTS = Path(__file__).parent / "results"
+SPLITS = ("retain_train", "forget_train", "retain_test", "forget_test")
 
 
 def save_results(name: str, *, claim: str, settings: Mapping[str, Any], rows: list[dict]) -> None:
     """Write ``results/NAME.json``: what was asked, how, on what machine, and every row measured."""
     RESULTS.mkdir(exist_ok=True)
-    content = {
-        "claim": claim,
-        "settings": dict(settings),
-        "environment": describe_environment(),
-        "rows": rows,
-    }
+    environment = describe_environment()
+    content = {"claim": claim, "settings": settings, "environment": environment, "rows": rows}
     write_json(RESULTS / f"{name}.json", json_value(content))
 
 
+def load_results(name: str) -> dict[str, Any] | None:
+    """A committed result, or None."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def stored(prepared: Prepared, name: str) -> Any:
+    """Variables of a model in the run folder: ``"original"`` or ``"retrained"``."""
+    folder = Path(prepared.config.out) / "checkpoints" / name
+    return restore_variables(folder, prepared.network.template)
+
+
+def unlearning_problem(prepared: Prepared, original: Any) -> UnlearningProblem:
+    """The problem that ``jaxunlearn run`` hands to a method."""
+    train, splits = prepared.source.train, prepared.splits
+    forget, retain = (
+        Batches(train.inputs[at], train.labels[at], prepared.config.train.batch_size)
+        for at in (splits.forget, splits.retain)
+    )
+    return UnlearningProblem(
+        prepared.network.apply_fn,
+        original,
+        forget,
+        retain,
+        prepared.source.num_classes,
+        splits.forget_classes,
+        augment=prepared.augment,
+    )
+
+
+def method_key(seed: int) -> jax.Array:
+    """The key that ``jaxunlearn run`` hands to a method."""
+    return jax.random.split(jax.random.key(seed), 3)[2]
+
+
 class Judge:
-    """Accuracies of a model on the four splits of a problem, and its distance to another model."""
+    """Outputs of models on the four splits of a problem, their accuracies and distances."""
 
     def __init__(self, prepared: Prepared, *, batch_size: int = 500):
         source, splits, config = prepared.source, prepared.splits, prepared.config
@@ -57,25 +91,20 @@ class Judge:
         return {s: accuracy(logits[s], b.labels)[0] for s, b in self.data.items()}
 
     @staticmethod
-    def distance(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def distances(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Mean Euclidean distance of the softmax outputs of two models, on every split."""
         p, q = ({s: np.asarray(jax.nn.softmax(x)) for s, x in y.items()} for y in (a, b))
-        return {s: float(np.linalg.norm(p[s] - q[s], axis=-1).mean()) for s in p}
+        return {f"distance_{s}": float(np.linalg.norm(p[s] - q[s], axis=-1).mean()) for s in p}
 
 
-def train_score(accuracies: Mapping[str, float]) -> float:
+def train_score(row: Mapping[str, float]) -> float:
     """What settings are chosen by, on train data alone: retain accuracy times forget error."""
-    return accuracies["retain_train"] * (1 - accuracies["forget_train"])
+    return row["retain_train"] * (1 - row["forget_train"])
 
 
-def print_table(rows: list[dict[str, Any]], columns: list[str]) -> None:
-    """Rows as aligned text; fractions in percent."""
-    print("  ".join(f"{c:>14}" for c in columns))
+def print_table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+    """Rows as aligned text; ``columns`` maps names to format specifications, ``%`` in percent."""
+    print("  ".join(f"{name:>14}" for name in columns))
     for row in rows:
-        cells = (row[c] for c in columns)
-        print("  ".join(f"{100 * x:14.2f}" if isinstance(x, float) and 0 <= x <= 1 and c not in ("learning_rate",) else f"{x!s:>14}" for c, x in zip(columns, cells, strict=True)))
-
-
-def load_results(name: str) -> dict[str, Any]:
-    """A committed result."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+        cells = (f"{row[name]:{spec}}" for name, spec in columns.items())
+        print("  ".join(f"{cell:>14}" for cell in cells))

@@ -1,6 +1,8 @@
 """The command line: ``jaxunlearn run CONFIG``, its stages one by one, and a list of the methods."""
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,22 +108,32 @@ def methods() -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point: Ctrl-C is answered, and ends the process with status 130."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a background job
+        signal.signal(signal.SIGINT, _stop)
     app()
+
+
+def _stop(*_: object) -> None:
+    """End the process at once, which is safe: every write is complete or has not happened.
+
+    Not by an exception: one that is raised inside a callback of the garbage collector, and JAX has
+    such, is lost, and an interpreter that tears XLA down in the middle of its work may crash.
+    """
+    if os.isatty(1):
+        os.write(1, b"\x1b[?25h\n")  # the cursor, which progress bars hide
+    os.write(2, b"interrupted; the same command goes on where this one stopped\n")
+    os._exit(130)
 
 
 @contextmanager
 def _answered() -> Iterator[None]:
-    """Faults of the user's become one message on stderr and exit status 1, Ctrl-C 130."""
-    errors = Console(stderr=True)
+    """Faults of the user's become one message on stderr and exit status 1."""
     try:
         yield
-    except KeyboardInterrupt:
-        errors.print("interrupted; the same command goes on where this one stopped")
-        raise typer.Exit(130) from None
     except (ValueError, OSError, FloatingPointError) as error:
-        message = escape(str(error))
-        errors.print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+        message = f"[bold red]error:[/] {escape(str(error))}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 

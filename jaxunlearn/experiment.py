@@ -358,11 +358,13 @@ def _notes(
             f"The {theirs} model was given, the {ours} model was trained here: the two may differ "
             "by recipe as well as by data."
         )
-    if elsewhere := [s for s, record in records.items() if record["environment"] != environment]:
-        notes.append(
-            f"Done earlier in another environment (see stages/): {', '.join(elsewhere)}. Their "
-            "seconds and this report's environment do not belong together."
-        )
+    for stage, record in records.items():
+        before = record["environment"]
+        if changed := [key for key in environment if environment[key] != before.get(key)]:
+            notes.append(
+                f"Stage {stage} was done earlier in another environment than this report's "
+                f"(different: {', '.join(changed)}; see stages/)."
+            )
     return notes
 
 

@@ -240,7 +240,7 @@ def fit(
     step = train_step(apply_fn, optimizer, augment=augment)
     consts = {"inputs": batches.inputs, "labels": batches.labels, "key": step_key}
     state = TrainState(variables, optimizer.init(variables["params"]))
-    run = _Run(state, variables, jnp.full((epochs, 4), jnp.nan))
+    run = _Run(state, variables, np.full((epochs, 4), np.nan, np.float32))
     done, saved_at = 0, time.monotonic()
     if state_dir is not None and (found := _restore(state_dir, run)) is not None:
         done, run = found
@@ -257,21 +257,16 @@ def fit(
         row = [metrics["loss"], metrics["accuracy"], score, time.monotonic() - started]
         # In the precision of the history, or a tie would pass for a gain.
         better = validation is None or np.float32(score) > _best_score(run.history[:done])
-        run = _Run(
-            state,
-            state.variables if better else run.best,
-            run.history.at[done].set(jnp.array(row)),
-        )
+        run.history[done] = row
+        run = _Run(state, state.variables if better else run.best, run.history)
         done += 1
         if on_epoch is not None:
             on_epoch(_figures(done, row))
         if state_dir is not None and time.monotonic() - saved_at >= save_every:
             save_state(state_dir, done, run._asdict())
             saved_at = time.monotonic()
-    history = [
-        _figures(i + 1, row) for i, row in enumerate(np.asarray(run.history)[:done].tolist())
-    ]
-    return Fitted(run.best, history)
+    figures = [_figures(i + 1, row) for i, row in enumerate(run.history[:done].tolist())]
+    return Fitted(run.best, figures)
 
 
 def accuracy(apply_fn: ApplyFn, variables: dict[str, Any], batches: Batches) -> float:
@@ -281,26 +276,33 @@ def accuracy(apply_fn: ApplyFn, variables: dict[str, Any], batches: Batches) -> 
 
 
 class _Run(NamedTuple):
-    """What a resumed run needs: the state, the best variables and the figures so far."""
+    """What a resumed run needs: the state, the best variables and the figures of the epochs.
+
+    The figures ``[epochs, 4]`` live on the host: on the device every epoch would slice them anew,
+    and compile that.
+    """
 
     state: TrainState
     best: dict[str, Any]
-    history: Array
+    history: np.ndarray
 
 
 def _restore(state_dir: Path, template: _Run) -> tuple[int, _Run] | None:
     found = restore_latest(state_dir, template._asdict())
-    return None if found is None else (found[0], _Run(**found[1]))
+    if found is None:
+        return None
+    step, run = found
+    return step, _Run(run["state"], run["best"], np.array(run["history"]))
 
 
-def _best_score(history: Array) -> float:
-    return float(np.max(np.asarray(history)[:, 2])) if len(history) else -np.inf
+def _best_score(history: np.ndarray) -> float:
+    return float(np.max(history[:, 2])) if len(history) else -np.inf
 
 
-def _exhausted(history: Array, patience: int | None) -> bool:
+def _exhausted(history: np.ndarray, patience: int | None) -> bool:
     if patience is None or not len(history):
         return False
-    return len(history) - 1 - int(np.argmax(np.asarray(history)[:, 2])) >= patience
+    return len(history) - 1 - int(np.argmax(history[:, 2])) >= patience
 
 
 def _figures(epoch: int, row: list[float]) -> dict[str, float]:

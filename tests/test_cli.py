@@ -56,6 +56,7 @@ def watched(*args, on_epoch, **options):
     return training.fit(*args, on_epoch=note, save_every=0.0, **options)
 
 experiment.fit = watched
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
 from jaxunlearn.cli import main
 main()
 """
@@ -117,6 +118,8 @@ def place(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def here(place, monkeypatch):
     monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(str(place))  # the library does so too; here it is undone
+    monkeypatch.delitem(sys.modules, "my_nets", raising=False)
 
 
 @pytest.fixture(scope="module")

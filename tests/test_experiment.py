@@ -394,10 +394,14 @@ def test_data_may_move_and_evaluation_may_change_within_a_run(copy, monkeypatch)
 
 
 def test_stages_of_another_environment_are_pointed_out(copy, monkeypatch):
-    monkeypatch.setattr(experiment, "describe_environment", lambda: {"backend": "gpu"})
+    environment = experiment.describe_environment() | {"backend": "gpu", "cpu_count": 1024}
+    monkeypatch.setattr(experiment, "describe_environment", lambda: environment)
     report = run(toy_config(copy))
-    assert report["environment"] == {"backend": "gpu", "seed": 0}
-    assert "another environment (see stages/): train, retrain, unlearn" in report["notes"][-1]
+    assert report["environment"] == environment | {"seed": 0}
+    assert [note.split(" was ")[0] for note in report["notes"]] == [
+        f"Stage {stage}" for stage in ("train", "retrain", "unlearn")
+    ]
+    assert "(different: cpu_count, backend; see stages/)" in report["notes"][0]
 
 
 def test_validation_data_of_forgotten_classes_do_not_validate_the_retrained_model(

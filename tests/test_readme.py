@@ -191,7 +191,9 @@ def _check(config, checked):
     """Everything of a run up to its first computation; for data that may not be here, less."""
     key = fingerprint(to_mapping(config) | {"out": ""})
     if key not in checked:
-        checked[key] = METHODS[config.unlearn.method].config(**config.unlearn.options)
+        options = config.unlearn.options.items()
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in options}
+        checked[key] = METHODS[config.unlearn.method].config(**options)
         given = (config.train.checkpoint, config.train.weights, config.retrain.checkpoint)
         if config.data.source == "digits" and not any(given):
             prepare(config)

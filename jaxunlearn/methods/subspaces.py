@@ -114,7 +114,7 @@ def _append(P: Array, G: Array, energy: Share, below: bool | Array) -> Array:
     sums = jnp.cumsum(w, axis=-1)
     cumulative = jax.lax.cummax(sums, axis=sums.ndim - 1)  # as in energy_mask
     missing = held + jnp.where(below, cumulative, cumulative - w) < energy * total
-    append = missing & (jnp.arange(w.shape[-1]) < room)
+    append = missing & (jax.lax.broadcasted_iota(w.dtype, w.shape, w.ndim - 1) < room)
     return P + SpectralProjector(V, append.astype(w.dtype), jnp.zeros((), w.dtype)).dense()
 
 

@@ -333,7 +333,11 @@ def _project_change(
     before: optax.Params,
     after: optax.Params,
 ) -> optax.Params:
-    """``K_o + (I - P)(K_u - K_o)``: every step's rounding leaks a little, and leaks add up."""
+    """``K_o + (I - P)(K_u - K_o)``.
+
+    Most of a gradient lies in the retained space, so a projected step, though exact to 1e-7 of the
+    gradient, may be 1e-5 of itself inside. The sum of all steps is not; projecting it again helps.
+    """
     link = project_updates(projectors, {spec.path: spec for spec in specs}, complement=True)
     change, _ = link.update(jax.tree.map(jnp.subtract, after, before), link.init(before))
     return optax.apply_updates(before, change)
