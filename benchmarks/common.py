@@ -14,8 +14,8 @@ from jaxunlearn.checkpoint import restore_variables
 from jaxunlearn.environment import describe_environment
 from jaxunlearn.evaluation.metrics import accuracy
 from jaxunlearn.evaluation.report import json_value, predict
-from jaxunlearn.experiment import Prepared
 from jaxunlearn.methods import UnlearningProblem
+from jaxunlearn.preparation import Prepared
 from jaxunlearn.stages import write_json
 
 RESULTS = Path(__file__).parent / "results"

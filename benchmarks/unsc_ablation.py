@@ -31,10 +31,11 @@ from benchmarks.common import (
 )
 from jaxunlearn.capture import describe_layers
 from jaxunlearn.config import load_config
-from jaxunlearn.experiment import prepare, run
+from jaxunlearn.experiment import run
 from jaxunlearn.gram import GramState
 from jaxunlearn.methods import UnlearningProblem, UNSCConfig, unsc
 from jaxunlearn.methods.unsc import class_grams
+from jaxunlearn.preparation import prepare
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits_unsc.toml"
 LABELS, PROJECTORS = ("random", "pseudo"), ("none", "shipped", "correct")

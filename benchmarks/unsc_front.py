@@ -30,8 +30,9 @@ from benchmarks.common import (
 )
 from jaxunlearn.config import load_config, to_mapping
 from jaxunlearn.evaluation.report import json_value
-from jaxunlearn.experiment import prepare, run
+from jaxunlearn.experiment import run
 from jaxunlearn.methods import unsc
+from jaxunlearn.preparation import prepare
 from jaxunlearn.stages import measured
 
 
@@ -64,16 +65,21 @@ def main() -> None:
         method_config = dataclasses.replace(
             prepared.method_config, project=arm == "projected", learning_rate=rate
         )
-        with measured() as cost:
-            result = unsc(method_key(config.seed), problem, method_config)
-        row: dict[str, Any] = {"arm": arm, "learning_rate": rate, "seconds": cost().seconds}
-        row |= judge.accuracies(judge.logits(result.variables))
-        leaks = [layer["leak"] for layer in result.info["layers"].values()]
-        rows.append(row | {"max_leak": max(leaks, default=None)})
+        row: dict[str, Any] = {"arm": arm, "learning_rate": rate}
+        try:
+            with measured() as cost:
+                result = unsc(method_key(config.seed), problem, method_config)
+            row |= judge.accuracies(judge.logits(result.variables))
+            leaks = [layer["leak"] for layer in result.info["layers"].values()]
+            row |= {"seconds": cost().seconds, "max_leak": max(leaks, default=None)}
+        except FloatingPointError:
+            row["diverged"] = True
+        rows.append(row)
         save_results(name, claim=__doc__.split("\n\n")[0], settings=settings, rows=rows)
-    print_table(rows, {"arm": "", "learning_rate": ""} | dict.fromkeys(SPLITS, ".2%"))
+    finite = [row for row in rows if "diverged" not in row]
+    print_table(finite, {"arm": "", "learning_rate": ""} | dict.fromkeys(SPLITS, ".2%"))
     for arm in ("projected", "plain"):
-        best = max((row for row in rows if row["arm"] == arm), key=train_score)
+        best = max((row for row in finite if row["arm"] == arm), key=train_score)
         print(f"best rate of the {arm} arm on train data: {best['learning_rate']}")
 
 

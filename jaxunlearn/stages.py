@@ -38,8 +38,8 @@ class RunFolder:
       path: made if need be.
       config: JSON-able; written to ``config.json`` for the reader.
       environment: JSON-able; written to ``environment.json`` and into the record of every stage.
-      identity: JSON-able mapping of all that the stages depend on. A folder with stages of another
-        identity is refused; one in which nothing was finished or half finished is taken over.
+      identity: by stage, a JSON-able mapping of all that the stage depends on. A folder in which a
+        stage of another identity was finished or begun is refused.
 
     Raises:
       ValueError: the folder holds another run, or is a file.
@@ -51,33 +51,38 @@ class RunFolder:
         *,
         config: Mapping[str, Any],
         environment: Mapping[str, Any],
-        identity: Mapping[str, Any],
+        identity: Mapping[str, Mapping[str, Any]],
     ):
         if path.is_file():
             raise ValueError(f"{path} is a file; wanted a folder for the run: choose another --out")
         self.path, self.environment = path, environment
-        self._check_identity(identity)
+        before = self._same_run(identity)
         (path / "stages").mkdir(parents=True, exist_ok=True)
         # The identity first, as it vouches for what follows.
-        write_json(path / "identity.json", identity)
+        write_json(path / "identity.json", {**before, **identity})
         write_json(path / "config.json", config)
         write_json(path / "environment.json", environment)
 
-    def _check_identity(self, identity: Mapping[str, Any]) -> None:
-        if not any(True for glob in ("stages/*.json", "states/*/*") for _ in self.path.glob(glob)):
-            return
-        what = "choose another --out, or delete the folder"
+    def _same_run(self, identity: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+        """What the folder knows of its stages; refuses what was begun with another identity."""
+        begun = [p for glob in ("stages/*.json", "states/*") for p in sorted(self.path.glob(glob))]
+        if not begun:
+            return {}
         try:
             before = json.loads((self.path / "identity.json").read_text())
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{self.path} holds stages of an unknown run, for its identity.json is missing or "
-                f"damaged; {what}"
+                "damaged; choose another --out, or delete the folder"
             ) from error
-        if changed := _differences(before, identity):
+        changes = {name: _differences(before.get(name), now) for name, now in identity.items()}
+        if wrong := [place for place in begun if changes.get(place.stem)]:
+            lines = dict.fromkeys(line for place in wrong for line in changes[place.stem])
             raise ValueError(
-                f"{self.path} holds a run of another configuration ({'; '.join(changed)}); {what}"
+                f"{self.path} holds a run of another configuration ({'; '.join(lines)}); choose "
+                f"another --out, or delete {', '.join(map(str, wrong))} to do these stages again"
             )
+        return before
 
     def states(self, name: str) -> Path:
         """Where a stage keeps the state from which it resumes; removed when the stage is done."""
@@ -204,4 +209,9 @@ def _differences(before: Any, now: Any, where: str = "") -> list[str]:
             for key in keys
             for line in _differences(before.get(key), now.get(key), f"{where}.{key}".lstrip("."))
         ]
-    return [] if before == now else [f"{where} was {before!r}, now {now!r}"]
+    return [] if before == now else [f"{where} was {_short(before)}, now {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:70]} ... ({len(text)} characters)"

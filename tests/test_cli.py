@@ -177,7 +177,9 @@ def test_another_config_into_the_same_folder_is_refused_with_the_difference(fini
     assert result.exit_code == 1
     assert result.stderr == (
         "error: runs/toy holds a run of another configuration (data.forget was 1, now 2; "
-        "train.epochs was 4, now 5); choose another --out, or delete the folder\n"
+        "train.epochs was 4, now 5); choose another --out, or delete "
+        "runs/toy/stages/original.json, runs/toy/stages/retrained.json, "
+        "runs/toy/stages/unlearned.json to do these stages again\n"
     )
 
 
@@ -238,7 +240,7 @@ BAD = [
     (["data.source=npz:none.npz"], "npz:none.npz: no such file"),
     (["data.source=digit"], "source 'digit' is unknown; wanted digits, tfds:NAME or npz:PATH"),
     (["data.source=tfds:cifar10", "--data-dir", "."], "tfds:cifar10 is not prepared in"),
-    (["--data-dir", "nowhere"], "nowhere: not found at"),
+    (["--data-dir", "nowhere"], "data.data_dir: nowhere: not found at"),
     (["data.mean=[0.5, 0.5, 0.5]", "data.std=[1, 1, 1]"], "3 means for inputs (1, 2, 2, 1)"),
     # Weights and checkpoints.
     (["train.checkpoint=none"], "train.checkpoint: none: not found at"),
@@ -300,8 +302,8 @@ def test_a_scope_that_a_method_does_not_support_is_refused(monkeypatch):
     monkeypatch.setitem(METHODS, "unsc", METHODS["unsc"]._replace(scopes=frozenset({"class"})))
     result = invoke("run", "toy.toml", "data.scope=random", "data.forget=0.5", "--out", "runs/bad")
     assert result.exit_code == 1
-    assert "method 'unsc' does not support the scope 'samples' of this request" in result.stderr
-    assert "(data.scope = 'random', data.forget = 0.5), only class" in result.stderr
+    assert "method 'unsc' does not support scope 'samples', only class; this" in result.stderr
+    assert "data.scope = 'random' with 0 classes forgotten as a whole" in result.stderr
     assert not Path("runs/bad").exists()
 
 

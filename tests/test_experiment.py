@@ -12,11 +12,12 @@ import orbax.checkpoint as ocp
 import pytest
 from sklearn.datasets import load_digits
 
-from jaxunlearn import experiment, training
+from jaxunlearn import experiment, preparation, training
 from jaxunlearn.assessment import retain_sample
 from jaxunlearn.config import EvaluateConfig, config_from_mapping
-from jaxunlearn.experiment import prepare, run
+from jaxunlearn.experiment import run
 from jaxunlearn.methods import METHODS, Method, Unlearned
+from jaxunlearn.preparation import prepare
 from jaxunlearn.report import report_figures
 
 SPLITS = ("forget_train", "retain_train", "forget_test", "retain_test")
@@ -389,8 +390,26 @@ def test_data_may_move_and_evaluation_may_change_within_a_run(copy, monkeypatch)
     (copy / "elsewhere").mkdir()
     config = toy_config(copy, "evaluate.members=random", f"data.data_dir={copy / 'elsewhere'}")
     assert run(config)["config"]["evaluate"]["members"] == "random"
-    with pytest.raises(ValueError, match=r"unlearn\.epochs was 2, now 3"):
+    with pytest.raises(ValueError, match=r"\(unlearn\.epochs was 2, now 3\)"):
         run(toy_config(copy, "unlearn.epochs=3"))
+
+
+def test_another_unlearning_of_the_same_models_needs_only_that_stage_again(copy, monkeypatch):
+    no_training(monkeypatch)
+    before = report_of(copy)["models"]
+    (copy / "run" / "stages" / "unlearned.json").unlink()
+    report = run(toy_config(copy, "unlearn.epochs=1"))
+    assert len(report["method"]["info"]["losses"]) == 1
+    assert report["config"]["unlearn"]["epochs"] == 1
+    assert report["models"]["original"] == before["original"]
+    assert report["models"]["retrained"] == before["retrained"]
+
+
+def test_a_reference_may_come_later(given, tmp_path):
+    without = toy_config(tmp_path, given[0], "retrain.enabled=false")
+    assert run(without)["models"]["retrained"] is None
+    assert run(toy_config(tmp_path, *given))["models"]["retrained"] is not None
+    assert run(without)["gap_to_retrain"] is None
 
 
 def test_stages_of_another_environment_are_pointed_out(copy, monkeypatch):
@@ -398,10 +417,9 @@ def test_stages_of_another_environment_are_pointed_out(copy, monkeypatch):
     monkeypatch.setattr(experiment, "describe_environment", lambda: environment)
     report = run(toy_config(copy))
     assert report["environment"] == environment | {"seed": 0}
-    assert [note.split(" was ")[0] for note in report["notes"]] == [
-        f"Stage {stage}" for stage in ("train", "retrain", "unlearn")
-    ]
-    assert "(different: cpu_count, backend; see stages/)" in report["notes"][0]
+    (note,) = report["notes"]
+    assert "another environment than this report's: train, retrain, unlearn" in note
+    assert "(different: backend, cpu_count; see stages/)" in note
 
 
 def test_validation_data_of_forgotten_classes_do_not_validate_the_retrained_model(
@@ -463,13 +481,13 @@ def test_the_digits_are_those_of_scikit_learn():
 
 def test_prepared_data_are_found_by_flag_then_variable_then_reference_folder(tmp_path, monkeypatch):
     save_toy(tmp_path)
-    seen, load_source = [], experiment.load_source
+    seen, load_source = [], preparation.load_source
 
     def load(name, *, data_dir, split_seed):
         seen.append(data_dir)
         return load_source(name, data_dir=data_dir, split_seed=split_seed)
 
-    monkeypatch.setattr(experiment, "load_source", load)
+    monkeypatch.setattr(preparation, "load_source", load)
     reference = tmp_path / "reference"
     (reference / "data" / "tfds").mkdir(parents=True)
     monkeypatch.setenv("JAXUNLEARN_DATA", str(reference))

@@ -20,7 +20,8 @@ ORDER = (
     ("edits", "guard", "training", "transforms"),
     ("evaluation", "methods"),
     ("store",),
-    ("assessment", "network", "stages"),  # parts of the experiment
+    ("assessment", "network", "progress", "stages"),  # parts of the experiment
+    ("preparation",),
     ("experiment", "requests"),
     ("__init__",),
     ("cli",),
@@ -30,7 +31,14 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # What the order alone does not say.
 ALONE = ("models", "report")  # import nothing of jaxunlearn but themselves
 BLIND = {"evaluation": {"methods", "transforms", "edits", "store"}}  # judges variables alone
-USERS_OF_MODELS = {"__init__", "cli", "experiment", "network", "requests"}  # all others: any model
+USERS_OF_MODELS = {
+    "__init__",
+    "cli",
+    "experiment",
+    "network",
+    "preparation",
+    "requests",
+}  # all others: any model
 
 
 def _modules():

@@ -26,7 +26,8 @@ def examples(labels, inputs=None):
 @pytest.fixture(scope="module")
 def problem():
     """Class 1 of three is to be forgotten."""
-    variables = MODEL.init(jax.random.key(0), jnp.ones((1, 5)))
+    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.ones((1, 5)))
+    variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
     return UnlearningProblem(
         MODEL.apply,
         variables,

@@ -25,9 +25,9 @@ from typer.testing import CliRunner
 from jaxunlearn.cli import app
 from jaxunlearn.config import RunConfig, config_from_mapping, fingerprint, to_mapping
 from jaxunlearn.evaluation.membership import SVCAttack
-from jaxunlearn.experiment import prepare
 from jaxunlearn.methods import METHODS, UNSCConfig
 from jaxunlearn.models import MODELS
+from jaxunlearn.preparation import prepare
 from jaxunlearn.report import example_arrays
 
 ROOT = Path(__file__).resolve().parents[1]

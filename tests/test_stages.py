@@ -11,7 +11,8 @@ import pytest
 from jaxunlearn import stages
 from jaxunlearn.stages import RunFolder, digest, measured, write_json
 
-IDENTITY = {"train": {"epochs": 3}, "content": {"data": "abc"}}
+TRAINING = {"train": {"epochs": 3}, "content": {"data": "abc"}}
+IDENTITY = {"original": TRAINING, "unlearned": TRAINING | {"unlearn": {"energy": 0.9}}}
 VARIABLES = {"params": {"kernel": jnp.arange(3.0)}}
 
 
@@ -116,25 +117,52 @@ def test_a_folder_of_another_run_is_refused_with_the_differences_and_left_alone(
     other = {"train": {"epochs": 4}, "content": {"data": "abd"}}
     message = (
         r"holds a run of another configuration \(content.data was 'abc', now 'abd'; "
-        r"train.epochs was 3, now 4\); choose another --out, or delete the folder$"
+        r"train.epochs was 3, now 4\); choose another --out, or delete "
+        rf"{tmp_path}/stages/original.json to do these stages again$"
     )
     with pytest.raises(ValueError, match=message):
-        open_folder(tmp_path, other)
+        open_folder(tmp_path, {"original": other, "unlearned": other})
     assert {path: path.read_bytes() for path in tmp_path.glob("*.json")} == before
+    (tmp_path / "stages" / "original.json").unlink()
+    do(open_folder(tmp_path, {"original": other}))
 
 
 def test_half_trained_states_of_another_run_are_not_resumed_from(tmp_path):
     (open_folder(tmp_path).states("original") / "7").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"train\.epochs was 3, now 4"):
-        open_folder(tmp_path, IDENTITY | {"train": {"epochs": 4}})
+    other = {"original": TRAINING | {"train": {"epochs": 4}}}
+    with pytest.raises(ValueError, match=r"epochs was 3, now 4\); .* delete .*states/original to"):
+        open_folder(tmp_path, other)
+
+
+def test_what_no_finished_stage_depends_on_may_change(tmp_path):
+    do(open_folder(tmp_path))
+    other = IDENTITY | {"unlearned": TRAINING | {"unlearn": {"energy": 0.8}}}
+    folder = open_folder(tmp_path, other)
+    folder.stage("original", VARIABLES, never)
+    do(folder, "unlearned")
+    with pytest.raises(ValueError, match=r"\(unlearn.energy was 0.8, now 0.9\); .*unlearned.json"):
+        open_folder(tmp_path)
+
+
+def test_a_stage_that_a_call_does_not_want_stays_known(tmp_path):
+    do(open_folder(tmp_path), "unlearned")
+    open_folder(tmp_path, {"original": TRAINING})
+    open_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"content was \{'data': 'abc'\}, now None"):
+        open_folder(tmp_path, {"unlearned": {"train": {"epochs": 3}}})
 
 
 def test_a_folder_in_which_nothing_was_done_serves_any_run(tmp_path):
     open_folder(tmp_path)
-    other = IDENTITY | {"train": {"epochs": 4}}
-    do(open_folder(tmp_path, other))
+    do(open_folder(tmp_path, {"original": {"train": {"epochs": 4}}}))
     with pytest.raises(ValueError, match=r"train\.epochs was 4, now 3"):
         open_folder(tmp_path)
+
+
+def test_long_values_are_cut_in_the_message(tmp_path):
+    do(open_folder(tmp_path, {"original": {"forget": list(range(1000))}}))
+    with pytest.raises(ValueError, match=r"was \[0, 1, .* \.\.\. \(4890 characters\), now \[7\]"):
+        open_folder(tmp_path, {"original": {"forget": [7]}})
 
 
 @pytest.mark.parametrize("content", [None, "{"])

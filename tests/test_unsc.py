@@ -42,20 +42,31 @@ class Net(nn.Module):
 APPLY = Net().apply
 LAYERS = ["conv", "dense", "head"]
 logits_of = jax.jit(APPLY)
+dense = jax.jit(lambda projector: projector.dense())
+
+
+def draw_variables(model, inputs, rng):
+    """Random values for every leaf, without compiling the initialisers."""
+
+    def draw(path, leaf):
+        scale = 0.1 if leaf.ndim == 1 else (2 / np.prod(leaf.shape[:-1])) ** 0.5
+        positive = path[-1].key in ("scale", "var")
+        return jnp.asarray(positive + scale * rng.normal(size=leaf.shape), jnp.float32)
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)
+    return jax.tree.map_with_path(draw, shapes)
 
 
 @pytest.fixture(scope="module")
 def problem():
     """Class 1 of four: ten forget images, nine retained ones, in batches that need padding."""
-    x = jax.random.normal(jax.random.key(0), (19, 8, 8, 2))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(19, 8, 8, 2)).astype(np.float32)
     labels = np.array([0, 2, 3] * 3 + [1] * 10)
-    variables = jax.jit(Net().init)(jax.random.key(1), x)
-    # No leaf is 0 or 1 throughout, and class 1 wins at first.
-    variables = jax.tree.map(
-        lambda a: a + 0.1 * np.cos(np.arange(a.size, dtype=a.dtype)).reshape(a.shape), variables
-    )
+
+    variables = draw_variables(Net(), x, rng)
     head = variables["params"]["head"]
-    head["bias"] = head["bias"].at[1].add(3.0)
+    head["bias"] = head["bias"].at[1].add(3.0)  # class 1 wins at first
     every = Batches(x, labels, 4)
     retain, forget = every.select(np.arange(9)), every.select(np.arange(9, 19))
     return UnlearningProblem(APPLY, variables, forget, retain, K, (1,))
@@ -158,7 +169,7 @@ def test_projectors_are_symmetric_idempotent_and_have_the_trace_of_their_rank(gr
         grams.items(), builder=builder, energy=lambda _: 0.95, merge_energy=0.97
     )
     for space in built.values():
-        SSt = np.asarray(space.projector.dense())
+        SSt = np.asarray(dense(space.projector))
         d, rank = len(SSt), float(space.projector.rank())
         P = np.eye(d, dtype=np.float32) - SSt
         np.testing.assert_allclose(P, P.T, atol=1e-6)
@@ -174,7 +185,7 @@ def test_no_change_leaks_into_the_retained_space_in_a_hundred_steps(
 ):
     after = long_runs[optimizer]
     _, change = change_of(specs[path], problem.variables, after.variables)
-    inside = np.float64(spaces[path].projector.dense()) @ change
+    inside = np.float64(dense(spaces[path].projector)) @ change
     assert after.info["steps"] == 102
     assert np.linalg.norm(change) > 1e-2
     assert np.linalg.norm(inside) < 1e-5 * np.linalg.norm(change)
@@ -206,7 +217,7 @@ def test_reported_figures_equal_those_of_explicit_rows(problem, specs, rows, spa
     for path, figures in unlearned.info["layers"].items():
         X = np.concatenate(retained[path])
         K_o, change = change_of(specs[path], problem.variables, unlearned.variables)
-        SSt = np.float64(spaces[path].projector.dense())
+        SSt = np.float64(dense(spaces[path].projector))
         energy = np.linalg.norm(X @ SSt) ** 2 / np.linalg.norm(X) ** 2
         drift = np.linalg.norm(X @ change) / np.linalg.norm(X @ K_o)
         np.testing.assert_allclose(figures["energy"], energy, rtol=1e-5)
@@ -234,8 +245,8 @@ def test_learning_rate_zero_returns_the_original_bits(still, problem):
     assert_same(still.variables, problem.variables)
 
 
-def test_a_key_sets_every_bit_and_stored_grams_replace_the_retain_data(problem, stored, unlearned):
-    assert_same(run(problem, epochs=34), unlearned)
+def test_a_key_sets_every_bit(stored, unlearned, collected):
+    assert_same(collected[0], unlearned)
     other = run(stored, seed=1).variables["params"]["head"]["kernel"]
     assert (other != unlearned.variables["params"]["head"]["kernel"]).any()
 
@@ -302,17 +313,6 @@ def test_labels_of_augmented_views_are_made_for_every_view(problem, turned, stil
     np.testing.assert_allclose(unseen, loss, rtol=1e-5)
 
 
-def test_labels_of_views_come_from_the_original_model_throughout(stored, same_views, unlearned):
-    assert_close(same_views.variables, unlearned.variables, atol=1e-6)
-    np.testing.assert_allclose(same_views.info["losses"], unlearned.info["losses"], rtol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def same_views(problem):
-    """A run with retain data and an augmentation that changes nothing."""
-    return run(dataclasses.replace(problem, augment=lambda key, x: x), epochs=34)
-
-
 def test_random_labels_are_redrawn_for_every_batch_from_the_remaining_classes(problem, stored):
     settings = {"labels": "random", "learning_rate": 0.0, "batch_size": 10}
     losses = run(stored, **settings).info["losses"]
@@ -325,7 +325,23 @@ def test_random_labels_are_redrawn_for_every_batch_from_the_remaining_classes(pr
 # --- retain data are read for the Grams and for nothing else -------------------------------------
 
 
-def test_no_retain_image_is_read_after_the_grams(problem, same_views):
+@pytest.fixture(scope="module")
+def collected(problem):
+    """A run that collects its Grams itself, and the shapes of inputs at every trace."""
+    traced = []
+
+    def counted(variables, inputs, **kwargs):
+        traced.append(inputs.shape)
+        return APPLY(variables, inputs, **kwargs)
+
+    return run(dataclasses.replace(problem, apply_fn=counted), epochs=34), traced
+
+
+def test_stored_grams_replace_the_retain_data_bit_for_bit(collected, unlearned):
+    assert_same(collected[0], unlearned)
+
+
+def test_no_retain_image_is_read_after_the_grams(problem, unlearned):
     images = Batches(np.array(problem.retain.inputs), np.array(problem.retain.labels), 4)
 
     def free_retain_data(key, x):
@@ -335,9 +351,12 @@ def test_no_retain_image_is_read_after_the_grams(problem, same_views):
         return x
 
     freed = dataclasses.replace(problem, retain=images, augment=free_retain_data)
-    assert_same(run(freed, epochs=34), same_views)
+    after = run(freed, epochs=34)
     with pytest.raises(RuntimeError, match="deleted"):
         run(freed)
+    # Labels of these views are made per batch by the original model; nothing else differs.
+    assert_close(after.variables, unlearned.variables, atol=1e-6)
+    np.testing.assert_allclose(after.info["losses"], unlearned.info["losses"], rtol=1e-4)
 
 
 def test_all_data_give_the_gram_of_all_rows_whatever_the_batches(problem, specs, rows, grams):
@@ -383,10 +402,11 @@ def test_subspace_images_are_augmented_on_demand_only(problem, specs, rows, gram
 
 
 def test_a_layer_on_a_map_smaller_than_its_kernel_is_protected_by_exact_patches_only():
+    rng = np.random.default_rng(0)
     model = nn.Sequential([nn.Conv(2, (3, 3)), lambda x: x.reshape(len(x), -1), nn.Dense(2)])
-    x = jax.random.normal(jax.random.key(0), (3, 2, 2, 2))
+    x = rng.normal(size=(3, 2, 2, 2)).astype(np.float32)
     data = Batches(x, np.array([0, 0, 1]), 2)
-    variables = model.init(jax.random.key(1), x)
+    variables = draw_variables(model, x, rng)
     retain, forget = data.of_class(0), data.of_class(1)
     problem = UnlearningProblem(model.apply, variables, forget, retain, 2, (1,))
     specs = describe_layers(model.apply, variables, x)
@@ -407,25 +427,18 @@ def test_examples_that_fill_up_a_batch_count_nothing(stored):
     np.testing.assert_allclose(padded.info["losses"], exact.info["losses"], rtol=1e-5)
 
 
-def test_the_model_is_traced_once_for_each_use_whatever_the_classes_and_epochs(problem):
-    traced = []
-
-    def counted(variables, inputs, **kwargs):
-        traced.append(inputs.shape)
-        return APPLY(variables, inputs, **kwargs)
-
-    run(dataclasses.replace(problem, apply_fn=counted))
+def test_the_model_is_traced_once_for_each_use_whatever_the_classes_and_epochs(collected):
     # The check, the layers, the Grams, the labels, the step and the accuracy.
-    assert len(traced) == 6
+    assert len(collected[1]) == 6
 
 
-def test_dropout_is_drawn_from_the_key_and_statistics_stay(stored, still):
-    settings = {"dropout": True, "learning_rate": 0.0, "batch_size": 10, "epochs": 2}
-    on = [run(stored, seed=seed, **settings) for seed in (0, 1)]
-    losses = [loss for after in on for loss in after.info["losses"]]
-    assert len(set(losses)) == 4
+def test_dropout_is_drawn_anew_for_every_step_and_statistics_stay(stored, still):
+    settings = {"dropout": True, "learning_rate": 0.0, "batch_size": 10}
+    after = run(stored, **settings)
+    losses = after.info["losses"]
+    assert len(set(losses)) == len(losses)
     assert np.abs(np.array(losses) - still.info["losses"][0]).min() > 1e-3
-    assert_same(on[0].variables, stored.variables)
+    assert_same(after.variables, stored.variables)
 
 
 def test_stop_below_ends_after_the_first_epoch_that_is_low_enough(stored, long_runs):
@@ -495,7 +508,7 @@ def test_builders_equal_singular_value_decompositions_of_the_rows(rule):
         P = spaces_of(rows, builder=builder, rule=rule)
         assert 0 < S.shape[1] < 12
         assert float(P.rank()) == S.shape[1]
-        np.testing.assert_allclose(P.dense(), S @ S.T, atol=1e-8)
+        np.testing.assert_allclose(dense(P), S @ S.T, atol=1e-8)
 
 
 def test_pooled_and_concat_do_not_depend_on_the_order_of_classes_and_gpm_does():
@@ -503,7 +516,7 @@ def test_pooled_and_concat_do_not_depend_on_the_order_of_classes_and_gpm_does():
     for builder in ("pooled", "concat", "gpm"):
         energy = {"pooled": lambda _: 0.95}.get(builder, lambda k: 0.9 + 0.03 * k)
         a, b = (
-            spaces_of(rows, order, builder=builder, energy=energy).dense()
+            dense(spaces_of(rows, order, builder=builder, energy=energy))
             for order in ([0, 1, 2], [2, 0, 1])
         )
         assert (jnp.abs(a - b).max() < 1e-5) == (builder != "gpm")
@@ -516,10 +529,12 @@ def test_stacked_grams_of_a_grouped_convolution_are_treated_one_by_one(builder):
     settings = {"builder": builder, "energy": lambda k: 0.95, "merge_energy": 0.95}
     stacked = retained_spaces(
         [(k, {"layer": jnp.stack([grams[k], grams[k + 2]])}) for k in (0, 1)], **settings
-    )["layer"].projector.dense()
+    )["layer"].projector
     for group, pair in enumerate(((0, 1), (2, 3))):
         alone = retained_spaces([(k, {"layer": jnp.asarray(grams[k])}) for k in pair], **settings)
-        np.testing.assert_allclose(stacked[group], alone["layer"].projector.dense(), atol=1e-5)
+        np.testing.assert_allclose(
+            dense(stacked)[group], dense(alone["layer"].projector), atol=1e-5
+        )
 
 
 def test_a_layer_that_reads_zeros_only_is_not_constrained():
@@ -546,9 +561,9 @@ def digits():
     labels = np.append((y[wrong] + rng.integers(1, 10, 60, np.int32)) % 10, y[kept])
     train = Batches(x[np.append(wrong, kept)], labels, 100)
     model = MLP()
-    start = jax.jit(model.init)(jax.random.key(0), train.inputs[:1])
-    steps = sgd(learning_rate=0.1, steps_per_epoch=len(train), epochs=60, momentum=0.9)
-    fitted = fit(jax.random.key(1), model.apply, start, train, optimizer=steps, epochs=60)
+    start = draw_variables(model, train.inputs, rng)
+    steps = sgd(learning_rate=0.1, steps_per_epoch=len(train), epochs=40, momentum=0.9)
+    fitted = fit(jax.random.key(1), model.apply, start, train, optimizer=steps, epochs=40)
     forget, retain = train.select(np.arange(60)), train.select(np.arange(60, 1160))
     problem = UnlearningProblem(model.apply, fitted.variables, forget, retain, 10)
     return problem, Batches(x[test], y[test], len(test))
@@ -590,7 +605,7 @@ def test_a_class_of_a_trained_net_is_forgotten_without_a_leak(digits):
         for gone in (True, False)
     )
     request = dataclasses.replace(problem, forget=forget, retain=retain, forget_classes=(3,))
-    config = UNSCConfig(learning_rate=0.3, epochs=12, batch_size=16)
+    config = UNSCConfig(learning_rate=0.5, epochs=12, batch_size=16)
     unlearned = unsc(jax.random.key(0), request, config)
     after, before = unlearned.variables, problem.variables
     gone, kept = (test.select(np.flatnonzero((test.labels == 3) == part)) for part in (True, False))

@@ -13,7 +13,7 @@ import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import ApplyFn
@@ -89,10 +89,10 @@ def check_problem(
         raise ValueError(f"{method} needs retain data: pass retain=Batches(...), or grams={{...}}")
     _check_classes(problem)
     for where, batches in (("forget", problem.forget), ("retain", problem.retain)):
-        if batches is not None and not _finite(batches.inputs):
+        if batches is not None and not all_finite(batches.inputs):
             raise ValueError(f"NaN or inf in the {where} inputs; remove or repair these examples")
-    for path, leaf in jax.tree.leaves_with_path(problem.variables):
-        if not _finite(leaf):
+    for path, finite in jax.tree.leaves_with_path(finite_leaves(problem.variables)):
+        if not finite:
             raise ValueError(
                 f"NaN or inf in variables{jax.tree_util.keystr(path)}; unlearning needs a model "
                 "whose training did not diverge"
@@ -134,5 +134,22 @@ def _check_model(problem: UnlearningProblem) -> None:
         raise ValueError(f"the model returns {logits.shape} for a batch; wanted logits {wanted}")
 
 
-def _finite(x: Array) -> bool:
-    return not jnp.issubdtype(x.dtype, jnp.inexact) or bool(jnp.isfinite(x).all())
+@jax.jit
+def finite_leaves(tree: Any) -> Any:
+    """For every array of a tree, whether it holds neither NaN nor inf; integers never do.
+
+    Examples:
+      >>> finite_leaves({"a": jnp.array([1.0, jnp.nan]), "b": jnp.array([1])})
+      {'a': Array(False, dtype=bool), 'b': Array(True, dtype=bool)}
+    """
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
+
+
+def all_finite(tree: Any) -> bool:
+    """Whether all arrays of a tree hold neither NaN nor inf.
+
+    Examples:
+      >>> all_finite({"a": jnp.array([1.0, jnp.inf]), "b": jnp.array([1])})
+      False
+    """
+    return all(jax.device_get(jax.tree.leaves(finite_leaves(tree))))

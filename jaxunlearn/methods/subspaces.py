@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxunlearn.linalg import RankRule
@@ -73,16 +74,16 @@ def retained_spaces(
     final_energy = merge_energy
     for k, grams in class_grams:
         first = not totals
+        totals = grams if first else _sum(totals, grams)
         for path, G in grams.items():
-            M = memory.get(path, jnp.zeros_like(G))
-            totals[path] = G if first else totals[path] + G
+            M = memory.get(path, jnp.asarray(np.zeros(G.shape, G.dtype)))
             if builder == "concat":
                 memory[path] = _add_projector(M, _leading(G, energy(k), rule))
             elif builder == "gpm":
                 # Only the first class falls one direction short, in the reference code too.
                 memory[path] = _append(M, G, energy(k), first and rule == "below")
-        if builder == "pooled" and first:
-            memory, final_energy = totals, energy(k)
+        if builder == "pooled":
+            memory, final_energy = totals, energy(k) if first else final_energy
     if not totals:
         raise ValueError("there is no class to retain: no class Gram was given")
     return {
@@ -92,6 +93,11 @@ def retained_spaces(
         )
         for path, M in memory.items()
     }
+
+
+@jax.jit
+def _sum(a: Grams, b: Grams) -> Grams:
+    return jax.tree.map(jnp.add, a, b)
 
 
 @partial(jax.jit, static_argnums=2)
@@ -112,9 +118,10 @@ def _append(P: Array, G: Array, energy: Share, below: bool | Array) -> Array:
     held = total - jnp.sum(w, axis=-1, keepdims=True)
     room = G.shape[-1] - jnp.round(jnp.trace(P, axis1=-2, axis2=-1))[..., None]
     sums = jnp.cumsum(w, axis=-1)
-    cumulative = jax.lax.cummax(sums, axis=sums.ndim - 1)  # as in energy_mask
-    missing = held + jnp.where(below, cumulative, cumulative - w) < energy * total
-    append = missing & (jax.lax.broadcasted_iota(w.dtype, w.shape, w.ndim - 1) < room)
+    missing = held + jnp.where(below, sums, sums - w) < energy * total
+    # A count, because sums may fall by rounding: what is appended stays one leading run.
+    r = jnp.minimum(jnp.sum(missing, axis=-1, keepdims=True, dtype=w.dtype), room)
+    append = jax.lax.broadcasted_iota(w.dtype, w.shape, w.ndim - 1) < r
     return P + SpectralProjector(V, append.astype(w.dtype), jnp.zeros((), w.dtype)).dense()
 
 

@@ -30,7 +30,7 @@ from jaxunlearn.capture import ApplyFn, describe_layers, layer_inputs
 from jaxunlearn.gram import accumulate_gram
 from jaxunlearn.layers import LayerSpec, Patches, kernel_as_matrix
 from jaxunlearn.linalg import RankRule
-from jaxunlearn.methods.base import Unlearned, UnlearningProblem, check_problem
+from jaxunlearn.methods.base import Unlearned, UnlearningProblem, all_finite, check_problem
 from jaxunlearn.methods.labels import excluded_classes, pseudo_label, pseudo_labels, random_label
 from jaxunlearn.methods.subspaces import Builder, Grams, RetainedSpace, retained_spaces
 from jaxunlearn.subspace import HIGHEST, SpectralProjector
@@ -196,10 +196,7 @@ def unsc(
         "steps": len(curves["losses"]) * len(forget),
         "forget_passes": len(curves["losses"]),
         "pseudo_labels": np.asarray(labels),
-        "layers": {
-            path: _layer_info(specs[path], space, problem.variables, variables)
-            for path, space in spaces.items()
-        },
+        "layers": _layer_info(specs, spaces, problem.variables, variables) if spaces else {},
     }
     return Unlearned(variables, info)
 
@@ -321,7 +318,7 @@ def _finetune(
         accuracies.append(accuracy(problem.apply_fn, state.variables, forget))
         if config.stop_below is not None and accuracies[-1] < config.stop_below:
             break
-    if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.variables["params"])):
+    if not all_finite(state.variables):
         raise FloatingPointError("unsc: the last step overflowed the weights: lower learning_rate")
     return state.variables, {"losses": losses, "forget_accuracy": accuracies}
 
@@ -380,23 +377,43 @@ def _with_dropout(apply_fn: ApplyFn) -> Callable[..., Any]:
 
 
 def _layer_info(
-    spec: LayerSpec, space: RetainedSpace, before: Mapping[str, Any], after: Mapping[str, Any]
-) -> dict[str, float | int]:
+    specs: Mapping[str, LayerSpec],
+    spaces: Mapping[str, RetainedSpace],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+) -> dict[str, dict[str, float | int]]:
     """Whether the projection held: all of it measured on the kernels, none of it assumed."""
-    figures = _measure(spec, space, *(_kernel(spec, v["params"]) for v in (before, after)))
-    rank = int(jnp.max(space.projector.rank()))
-    return {"d_in": spec.d_in, "rank": rank} | {name: float(x) for name, x in figures.items()}
+    params = before["params"], after["params"]
+    figures = jax.device_get(_measure(tuple(specs.values()), dict(spaces), *params))
+    return {
+        path: {"d_in": specs[path].d_in, "rank": int(values.pop("rank"))}
+        | {name: float(x) for name, x in values.items()}
+        for path, values in figures.items()
+    }
 
 
 @partial(jax.jit, static_argnums=0)
 def _measure(
-    spec: LayerSpec, space: RetainedSpace, before: Array, after: Array
+    specs: tuple[LayerSpec, ...], spaces: Mapping[str, RetainedSpace], before: Any, after: Any
+) -> dict[str, dict[str, Float[Array, ""]]]:
+    return {
+        spec.path: _measure_layer(
+            spaces[spec.path],
+            kernel_as_matrix(spec, _kernel(spec, before)),
+            kernel_as_matrix(spec, _kernel(spec, after)),
+        )
+        for spec in specs
+    }
+
+
+def _measure_layer(
+    space: RetainedSpace, K: Float[Array, "*lead d m"], K_u: Float[Array, "*lead d m"]
 ) -> dict[str, Float[Array, ""]]:
-    K, K_u = kernel_as_matrix(spec, before), kernel_as_matrix(spec, after)
     change = K_u - K
     protected = space.projector(change)
     inside = jnp.sum(space.projector.dense() * space.gram)
     return {
+        "rank": jnp.max(space.projector.rank()),
         "energy": _ratio(inside, jnp.trace(space.gram, axis1=-2, axis2=-1).sum()),
         "leak": _ratio(jnp.linalg.norm(protected), jnp.linalg.norm(change)),
         "drift": _ratio(_quadratic(space.gram, change), _quadratic(space.gram, K)) ** 0.5,

@@ -1,0 +1,110 @@
+"""The README's tables, made from the committed results and from nothing else.
+
+python -m benchmarks.tables          prints them
+python -m benchmarks.tables --write  puts them into README.md, between its table markers
+"""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, load_results, train_score
+
+README = Path(__file__).parents[1] / "README.md"
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    """Print or write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--write", action="store_true")
+    if parser.parse_args().write:
+        README.write_text(with_tables(README.read_text()))
+    else:
+        for name, table in TABLES.items():
+            print(f"{name}\n\n{table()}\n")
+
+
+def with_tables(text: str) -> str:
+    """A page with each marked table made anew."""
+    return MARKED.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}", text)
+
+
+def reports() -> str:
+    """One row per committed report: original, retrained, unlearned."""
+    rows = []
+    for file in sorted(RESULTS.glob("report_*.json")):
+        report = load_results(file.stem)
+        models, seconds = report["models"], report["seconds"]
+        forgotten = ", ".join(map(str, report["problem"]["forget_classes"]))
+        row = [report["problem"]["source"].removeprefix("tfds:"), forgotten]
+        for split in ("forget_train", "forget_test", "retain_test"):
+            row.append(" / ".join(_share(model, split) for model in models.values()))
+        row.append(" / ".join(_percent(model and model["mia"]) for model in models.values()))
+        row.append(" / ".join(_number(seconds.get(s)) for s in ("train", "retrain", "unlearn")))
+        rows.append(row)
+    head = ["data", "forgotten class", "forget train", "forget test", "retain test"]
+    return _table([*head, "MIA efficacy", "seconds to train / retrain / unlearn"], rows)
+
+
+def front(name: str) -> str:
+    """The retain/forget front of one problem, both arms, best rates on train data in bold."""
+    rows = load_results(f"unsc_front_{name}")["rows"]
+    best = {
+        arm: max((r for r in rows if r["arm"] == arm and "diverged" not in r), key=train_score)
+        for arm in ("projected", "plain")
+    }
+    lines = []
+    for row in sorted(rows, key=lambda r: (r["arm"] != "original", r["arm"], r["learning_rate"])):
+        rate = "" if row["arm"] == "original" else f"{row['learning_rate']:g}"
+        shares = ["diverged" if "diverged" in row else _percent(row[s]) for s in _FRONT]
+        cells = [row["arm"], rate, *shares]
+        lines.append([f"**{c}**" if best.get(row["arm"]) is row and c else c for c in cells])
+    return _table(["arm", "learning rate", *(s.replace("_", " ") for s in _FRONT)], lines)
+
+
+def ablation() -> str:
+    """Arms of the ablation at their best rates: mean and population s.d. over the seeds."""
+    rows = []
+    for row in load_results("unsc_ablation_digits")["settings"]["best"]:
+        figures = [f"{100 * row[s]:.1f} ± {100 * row[s + '_sd']:.1f}" for s in _FRONT]
+        distances = [
+            f"{row[d]:.3f} ± {row[d + '_sd']:.3f}"
+            for d in ("distance_retain_test", "distance_forget_train")
+        ]
+        rows.append([row["labels"], row["projector"], f"{row['learning_rate']:g}", *figures])
+        rows[-1] += distances
+    head = ["labels", "projector", "learning rate", *(s.replace("_", " ") for s in _FRONT)]
+    return _table([*head, "distance, retain test", "distance, forget train"], rows)
+
+
+_FRONT = ("forget_train", "retain_train", "forget_test", "retain_test")
+TABLES: dict[str, Callable[[], str]] = {
+    "reports": reports,
+    "front_cifar10": lambda: front("cifar10_resnet20_unsc"),
+    "front_fashion_mnist": lambda: front("fashion_mnist_unsc"),
+    "ablation": ablation,
+}
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _share(model: dict[str, Any] | None, split: str) -> str:
+    return _percent(model and model["accuracy"][split])
+
+
+def _percent(value: float | None) -> str:
+    return "—" if value is None else f"{100 * value:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "—" if value is None else f"{value:.0f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Everything of a run that is checked and loaded before work starts."""
+
+import difflib
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxunlearn.batches import Batches
+from jaxunlearn.config import RunConfig, TrainConfig, reference_data, resolve_path
+from jaxunlearn.data import Source, Splits, split
+from jaxunlearn.methods import METHODS, Method
+from jaxunlearn.network import Network, build_network, given_variables
+from jaxunlearn.preprocessing import augmenter
+from jaxunlearn.sources import load_source
+from jaxunlearn.training import Augment, TrainState, sgd, train_step
+from jaxunlearn.typed import typed
+
+
+class Prepared(NamedTuple):
+    """Everything of a run that is checked and loaded before work starts.
+
+    Attributes:
+      given: trained variables that the config names, by model; None where a model is to be trained.
+    """
+
+    config: RunConfig
+    source: Source
+    splits: Splits
+    network: Network
+    method: Method
+    method_config: Any
+    augment: Augment | None
+    given: dict[str, Any]
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Load the data, resolve the request, build the model and check every setting of a run.
+
+    Nothing is computed or written. Given checkpoints are read, and where there is something to
+    train, one step of it is traced.
+
+    Raises:
+      ValueError: anything that a configuration can get wrong.
+      FileNotFoundError: data, weights or a checkpoint that is not there.
+
+    Examples:
+      >>> from jaxunlearn.config import config_from_mapping
+      >>> prepared = prepare(config_from_mapping({"data": {"forget": 3}}))
+      >>> len(prepared.splits.forget), prepared.method.name
+      (146, 'unsc')
+    """
+    method = _method(config.unlearn.method)
+    method_config: Any = typed(method.config, config.unlearn.options, where="unlearn")
+    _check_files(config)
+    source = load_source(
+        config.data.source, data_dir=_data_dir(config), split_seed=config.data.split_seed
+    )
+    splits = split(
+        source,
+        scope=config.data.scope,
+        forget=config.data.forget,
+        validation=config.data.validation,
+        seed=config.data.split_seed,
+    )
+    _check_scope(method, config, splits)
+    network = build_network(config.model, config.data, source)
+    train, retrain = config.train, config.retrain
+    augment = augmenter(crop=train.crop, flip=train.flip) if train.crop or train.flip else None
+    given = {
+        "original": given_variables(network, config.model, train, section="train"),
+        "retrained": given_variables(network, config.model, retrain, section="retrain"),
+    }
+    prepared = Prepared(config, source, splits, network, method, method_config, augment, given)
+    _check_training(prepared)
+    return prepared
+
+
+def training_batches(prepared: Prepared, rows: np.ndarray) -> Batches:
+    """Rows of the train set in batches of the training's size."""
+    train = prepared.source.train
+    return Batches(train.inputs[rows], train.labels[rows], prepared.config.train.batch_size)
+
+
+def optimizer_of(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
+    """The optimiser that ``[train]`` describes."""
+    return sgd(
+        learning_rate=config.learning_rate,
+        steps_per_epoch=steps_per_epoch,
+        epochs=config.epochs,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        schedule=config.schedule,
+        warmup_epochs=config.warmup_epochs,
+        milestones=config.milestones,
+        decay=config.decay,
+    )
+
+
+def retained_validation(prepared: Prepared) -> np.ndarray:
+    """Validation rows of the retrained model: those of no forgotten class."""
+    source, splits = prepared.source, prepared.splits
+    labels = source.train.labels[splits.validation]
+    return splits.validation[~np.isin(labels, splits.forget_classes)]
+
+
+def has_reference(config: RunConfig) -> bool:
+    """Whether the run has a retrained model, trained or given."""
+    return config.retrain.enabled or config.retrain.checkpoint is not None
+
+
+def _method(name: str) -> Method:
+    if name not in METHODS:
+        nearest = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"unknown method {name!r}; did you mean {nearest!r}? There are {', '.join(METHODS)}"
+        )
+    return METHODS[name]
+
+
+def _data_dir(config: RunConfig) -> str | None:
+    """The config's or the flag's; else TFDS_DATA_DIR; else that of the reference data."""
+    if config.data.data_dir is not None:
+        return str(resolve_path(config.data.data_dir))
+    if os.environ.get("TFDS_DATA_DIR") or (root := reference_data()) is None:
+        return None
+    return str(root / "data" / "tfds") if (root / "data" / "tfds").is_dir() else None
+
+
+def _check_files(config: RunConfig) -> None:
+    """What is not there is missed before the data are read, which may take a while."""
+    named = {
+        "data.data_dir": config.data.data_dir,
+        "train.checkpoint": config.train.checkpoint,
+        "train.weights": config.train.weights,
+        "retrain.checkpoint": config.retrain.checkpoint,
+    }
+    for key, path in named.items():
+        try:
+            if path is not None:
+                resolve_path(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{key}: {error}") from error
+
+
+def _check_scope(method: Method, config: RunConfig, splits: Splits) -> None:
+    scope = {0: "samples", 1: "class"}.get(len(splits.forget_classes), "classes")
+    if scope not in method.scopes:
+        raise ValueError(
+            f"method {method.name!r} does not support scope {scope!r}, only "
+            f"{', '.join(sorted(method.scopes))}; this request has data.scope = "
+            f"{config.data.scope!r} with {len(splits.forget_classes)} classes forgotten as a whole"
+        )
+
+
+def _check_training(prepared: Prepared) -> None:
+    """Trace one training step, where there is something to train: what it refuses comes up now."""
+    config, given, network = prepared.config, prepared.given, prepared.network
+    retrains = config.retrain.enabled and given["retrained"] is None
+    if retrains and config.train.patience and not len(retained_validation(prepared)):
+        raise ValueError(
+            f"train.patience = {config.train.patience}: all validation data are of the forgotten "
+            "classes, so the retrained model has none; raise data.validation or leave patience out"
+        )
+    if given["original"] is not None and not retrains:
+        return
+    batches = training_batches(prepared, prepared.splits.train[: config.train.batch_size])
+    optimizer = optimizer_of(config.train, 1)
+
+    def step(key: jax.Array, variables: Any) -> Any:
+        consts = {"inputs": batches.inputs, "labels": batches.labels, "key": key}
+        indices = jnp.arange(batches.num_examples)
+        x = {"indices": indices, "mask": indices >= 0, "step": jnp.int32(0)}
+        state = TrainState(variables, optimizer.init(variables["params"]))
+        return train_step(network.apply_fn, optimizer, augment=prepared.augment)(consts, state, x)
+
+    try:
+        jax.eval_shape(step, jax.random.key(0), network.template)
+    except Exception as error:  # whatever a user's module raises
+        raise ValueError(
+            f"model {config.model.name or config.model.factory} cannot be trained: {error}"
+        ) from error
