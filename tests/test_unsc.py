@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from sklearn.datasets import load_digits
+from threadpoolctl import threadpool_limits
 
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import describe_layers, layer_inputs
@@ -45,6 +46,13 @@ logits_of = jax.jit(APPLY)
 dense = jax.jit(lambda projector: projector.dense())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_blas_thread():
+    """On busy cores the threads of a small eigh mostly wait for each other."""
+    with threadpool_limits(1):
+        yield
+
+
 def draw_variables(model, inputs, rng):
     """Random values for every leaf, without compiling the initialisers."""
 
@@ -63,7 +71,6 @@ def problem():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(19, 8, 8, 2)).astype(np.float32)
     labels = np.array([0, 2, 3] * 3 + [1] * 10)
-
     variables = draw_variables(Net(), x, rng)
     head = variables["params"]["head"]
     head["bias"] = head["bias"].at[1].add(3.0)  # class 1 wins at first
@@ -246,7 +253,7 @@ def test_learning_rate_zero_returns_the_original_bits(still, problem):
 
 
 def test_a_key_sets_every_bit(stored, unlearned, collected):
-    assert_same(collected[0], unlearned)
+    assert_same(collected[0].variables, unlearned.variables)
     other = run(stored, seed=1).variables["params"]["head"]["kernel"]
     assert (other != unlearned.variables["params"]["head"]["kernel"]).any()
 
@@ -605,7 +612,7 @@ def test_a_class_of_a_trained_net_is_forgotten_without_a_leak(digits):
         for gone in (True, False)
     )
     request = dataclasses.replace(problem, forget=forget, retain=retain, forget_classes=(3,))
-    config = UNSCConfig(learning_rate=0.5, epochs=12, batch_size=16)
+    config = UNSCConfig(merge_energy=0.97, learning_rate=0.5, epochs=12, batch_size=16)
     unlearned = unsc(jax.random.key(0), request, config)
     after, before = unlearned.variables, problem.variables
     gone, kept = (test.select(np.flatnonzero((test.labels == 3) == part)) for part in (True, False))
