@@ -236,10 +236,11 @@ def truncate(projector: SpectralProjector) -> SpectralProjector:
     else:
         selected, sign, shift = ~kept, -sign, 1 - projector.shift
     r = int(selected.sum(-1).max())
-    order = jnp.asarray(np.argsort(~selected, axis=-1, kind="stable")[..., :r])
-    basis = jnp.take_along_axis(projector.basis, order[..., None, :], axis=-1)
-    weights = jnp.take_along_axis(jnp.asarray(selected, basis.dtype), order, axis=-1)
-    return SpectralProjector(basis, sign * weights, shift)
+    # On the host, as every (d, r) would compile its own gather.
+    order = np.argsort(~selected, axis=-1, kind="stable")[..., :r]
+    basis = np.take_along_axis(np.asarray(projector.basis), order[..., None, :], axis=-1)
+    weights = np.take_along_axis(selected.astype(basis.dtype), order, axis=-1)
+    return SpectralProjector(jnp.asarray(basis), jnp.asarray(sign * weights), shift)
 
 
 def _identity_like(matrix: Float[Array, "*batch d r"]) -> Float[Array, "*batch d d"]:

@@ -2,7 +2,8 @@
 
 from jaxunlearn.methods import unsc as _unsc
 from jaxunlearn.methods.base import Method, Unlearned, UnlearningProblem
-from jaxunlearn.methods.unsc import UNSCConfig, unsc
+from jaxunlearn.methods.unsc import unsc
+from jaxunlearn.methods.unsc_config import UNSCConfig
 
 METHODS: dict[str, Method] = {
     "unsc": Method(

@@ -14,26 +14,26 @@ norms and their statistics), inference mode, and a projection that comes last.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import ApplyFn, describe_layers, layer_inputs
 from jaxunlearn.gram import accumulate_gram
-from jaxunlearn.layers import LayerSpec, Patches, kernel_as_matrix
-from jaxunlearn.linalg import RankRule
+from jaxunlearn.layers import LayerSpec
 from jaxunlearn.methods.base import Unlearned, UnlearningProblem, all_finite, check_problem
+from jaxunlearn.methods.diagnostics import projection_figures
 from jaxunlearn.methods.labels import excluded_classes, pseudo_label, pseudo_labels, random_label
-from jaxunlearn.methods.subspaces import Builder, Grams, RetainedSpace, retained_spaces
-from jaxunlearn.subspace import HIGHEST, SpectralProjector
+from jaxunlearn.methods.subspaces import Grams, RetainedSpace, retained_spaces
+from jaxunlearn.methods.unsc_config import UNSCConfig
+from jaxunlearn.subspace import SpectralProjector
 from jaxunlearn.training import (
     Relabel,
     TrainState,
@@ -46,99 +46,6 @@ from jaxunlearn.transforms import mask_updates, project_updates
 
 NEEDS = frozenset({"forget", "retain"})
 SCOPES = frozenset({"class", "classes", "samples"})
-
-Labels = Literal["pseudo", "random"]
-Optimizer = Literal["sgd", "adam"]
-_CHOICES = {
-    "builder": get_args(Builder),
-    "rank_rule": get_args(RankRule),
-    "patches": get_args(Patches),
-    "labels": get_args(Labels),
-    "optimizer": get_args(Optimizer),
-}
-
-
-@dataclass(frozen=True)
-class UNSCConfig:
-    """Settings of UNSC; the defaults are the paper's algorithm with the authors' CIFAR-10 steps.
-
-    Attributes:
-      builder: how the retained subspace is built, see :mod:`jaxunlearn.methods.subspaces`.
-      energy: share of a class's trace to keep; one number, or one per class. By default .97
-        (concat), ``.97 + .003 · class`` (gpm; the authors' rule for ten classes), .99 (pooled).
-      merge_energy: share kept when concat merges the classes.
-      rank_rule: ``"below"`` keeps one direction fewer, as the reference code does.
-      patches: ``"valid"`` ignores padding and stride, as the reference code does.
-      images_per_class: images whose Gram is taken, drawn at random; None takes all.
-      images_per_layer: the first so many of these for each layer in turn (reference code).
-      augment_subspace: augment these images.
-      labels: ``"pseudo"``, or ``"random"``: uniform over the allowed classes, redrawn per batch.
-      project: False fine-tunes the kernels without a projection (ablation).
-      learning_rate: constant; tune it once per data set on training or validation data.
-      epochs: passes over the forget data.
-      batch_size: forget examples per step.
-      optimizer: ``"sgd"`` or ``"adam"``; the projection follows it, so both stay in the null space.
-      momentum: of SGD.
-      augment: augment forget images as in training (if the problem has an augmentation).
-      dropout: keep dropout on while unlearning, as the reference code does.
-      stop_below: stop after the first epoch with less accuracy on the forget data than this.
-    """
-
-    builder: Builder = "concat"
-    energy: float | tuple[float, ...] | None = None
-    merge_energy: float = 0.99
-    rank_rule: RankRule = "reach"
-    patches: Patches = "exact"
-    images_per_class: int | None = 256
-    images_per_layer: tuple[int, ...] | None = None
-    augment_subspace: bool = False
-    labels: Labels = "pseudo"
-    project: bool = True
-    learning_rate: float = 0.04
-    epochs: int = 25
-    batch_size: int = 512
-    optimizer: Optimizer = "sgd"
-    momentum: float = 0.0
-    augment: bool = True
-    dropout: bool = False
-    stop_below: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: write one of {allowed}")
-        energies = self.energy if isinstance(self.energy, tuple) else (self.energy,)
-        for share in (*energies, self.merge_energy):
-            if share is not None and not 0 < share <= 1:
-                raise ValueError(f"an energy of {share} is not a share in (0, 1]; write 0.97, say")
-        if isinstance(self.energy, tuple) and self.builder != "gpm":
-            raise ValueError('one energy per class belongs to builder = "gpm"; write one number')
-        if self.epochs < 1 or self.batch_size < 1 or self.learning_rate < 0:
-            raise ValueError(
-                f"epochs = {self.epochs}, batch_size = {self.batch_size}, learning_rate = "
-                f"{self.learning_rate}: wanted at least 1, at least 1 and at least 0"
-            )
-        if not 0 <= self.momentum < 1 or (self.momentum and self.optimizer != "sgd"):
-            raise ValueError(
-                f"momentum = {self.momentum} with optimizer = {self.optimizer!r}: wanted a number "
-                "in [0, 1), and 0 for any other optimizer than sgd"
-            )
-        if self.images_per_class is not None and self.images_per_class < 1:
-            raise ValueError(
-                f"images_per_class = {self.images_per_class}: wanted at least 1, or None for all"
-            )
-        if self.images_per_layer is not None and min(self.images_per_layer, default=1) < 1:
-            raise ValueError(
-                f"images_per_layer = {self.images_per_layer}: wanted at least 1 for every layer"
-            )
-
-    def class_energy(self, k: int) -> float:
-        """Share of the trace of class ``k`` to keep."""
-        if isinstance(self.energy, tuple):
-            return self.energy[k]
-        if self.energy is not None:
-            return self.energy
-        return {"concat": 0.97, "pooled": 0.99, "gpm": min(0.97 + 0.003 * k, 1.0)}[self.builder]
 
 
 def unsc(
@@ -196,7 +103,7 @@ def unsc(
         "steps": len(curves["losses"]) * len(forget),
         "forget_passes": len(curves["losses"]),
         "pseudo_labels": np.asarray(labels),
-        "layers": _layer_info(specs, spaces, problem.variables, variables) if spaces else {},
+        "layers": projection_figures(specs, spaces, problem.variables, variables) if spaces else {},
     }
     return Unlearned(variables, info)
 
@@ -374,63 +281,3 @@ def _with_dropout(apply_fn: ApplyFn) -> Callable[..., Any]:
             return apply_fn(variables, inputs, **kwargs)
 
     return apply
-
-
-def _layer_info(
-    specs: Mapping[str, LayerSpec],
-    spaces: Mapping[str, RetainedSpace],
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-) -> dict[str, dict[str, float | int]]:
-    """Whether the projection held: all of it measured on the kernels, none of it assumed."""
-    params = before["params"], after["params"]
-    figures = jax.device_get(_measure(tuple(specs.values()), dict(spaces), *params))
-    return {
-        path: {"d_in": specs[path].d_in, "rank": int(values.pop("rank"))}
-        | {name: float(x) for name, x in values.items()}
-        for path, values in figures.items()
-    }
-
-
-@partial(jax.jit, static_argnums=0)
-def _measure(
-    specs: tuple[LayerSpec, ...], spaces: Mapping[str, RetainedSpace], before: Any, after: Any
-) -> dict[str, dict[str, Float[Array, ""]]]:
-    return {
-        spec.path: _measure_layer(
-            spaces[spec.path],
-            kernel_as_matrix(spec, _kernel(spec, before)),
-            kernel_as_matrix(spec, _kernel(spec, after)),
-        )
-        for spec in specs
-    }
-
-
-def _measure_layer(
-    space: RetainedSpace, K: Float[Array, "*lead d m"], K_u: Float[Array, "*lead d m"]
-) -> dict[str, Float[Array, ""]]:
-    change = K_u - K
-    protected = space.projector(change)
-    inside = jnp.sum(space.projector.dense() * space.gram)
-    return {
-        "rank": jnp.max(space.projector.rank()),
-        "energy": _ratio(inside, jnp.trace(space.gram, axis1=-2, axis2=-1).sum()),
-        "leak": _ratio(jnp.linalg.norm(protected), jnp.linalg.norm(change)),
-        "drift": _ratio(_quadratic(space.gram, change), _quadratic(space.gram, K)) ** 0.5,
-    }
-
-
-def _kernel(spec: LayerSpec, params: Any) -> Array:
-    for name in spec.kernel_path.split("/"):
-        params = params[name]
-    return params
-
-
-def _quadratic(G: Float[Array, "*lead d d"], K: Float[Array, "*lead d m"]) -> Float[Array, ""]:
-    """``tr(Kᵀ G K) = ‖X K‖²``, clipped at 0."""
-    return jnp.maximum(jnp.sum(K * jnp.matmul(G, K, precision=HIGHEST)), 0)
-
-
-def _ratio(a: Float[Array, ""], b: Float[Array, ""]) -> Float[Array, ""]:
-    """``a / b``, and 0 if nothing is there to be a share of."""
-    return jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))
