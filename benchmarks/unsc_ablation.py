@@ -8,7 +8,7 @@ one, two, three retained classes, always of the first seed's model.
 
 Each arm is summed up at its best rate, chosen on train data (retain accuracy x forget error).
 
-    python -m benchmarks.unsc_ablation            digits MLP; about 8 minutes on two CPU cores
+    python -m benchmarks.unsc_ablation            digits MLP; about 6 minutes on two CPU cores
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from jaxunlearn.preparation import prepare
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits_unsc.toml"
 LABELS, PROJECTORS = ("random", "pseudo"), ("none", "shipped", "correct")
-RATES = (0.001, 0.003, 0.01, 0.04, 0.1, 0.3, 1.0, 3.0)
+RATES = (0.01, 0.04, 0.1, 0.3, 1.0, 3.0)
 SEEDS = (0, 1, 2)
 
 
