@@ -40,12 +40,13 @@ def reports() -> str:
         models, seconds = report["models"], report["seconds"]
         forgotten = ", ".join(map(str, report["problem"]["forget_classes"]))
         row = [report["problem"]["source"].removeprefix("tfds:"), forgotten]
+        row.append(str(report["config"]["seed"]))
         for split in ("forget_train", "forget_test", "retain_test"):
             row.append(" / ".join(_share(model, split) for model in models.values()))
         row.append(" / ".join(_percent(model and model["mia"]) for model in models.values()))
         row.append(" / ".join(_number(seconds.get(s)) for s in ("train", "retrain", "unlearn")))
         rows.append(row)
-    head = ["data", "forgotten class", "forget train", "forget test", "retain test"]
+    head = ["data", "forgotten class", "seed", "forget train", "forget test", "retain test"]
     return _table([*head, "MIA efficacy", "seconds to train / retrain / unlearn"], rows)
 
 
