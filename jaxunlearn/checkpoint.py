@@ -7,10 +7,7 @@ every process may call the functions here; process 0 writes.
 """
 
 import json
-import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +18,10 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from jaxtyping import PyTree
 
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps orbax's progress notes and hints off the terminal; its errors are raised anyway."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+from jaxunlearn.quiet import quiet_absl
 
 
-@_quiet()
+@quiet_absl()
 def save_variables(folder: str | Path, variables: PyTree) -> None:
     """Writes variables as a checkpoint; an older one stays until the new one is complete.
 
@@ -130,7 +117,7 @@ def check_finite(variables: PyTree, where: str) -> None:
         raise ValueError(f"{where}: NaN or inf in {_some(bad)}; wanted finite weights")
 
 
-@_quiet()
+@quiet_absl()
 def save_state(folder: str | Path, step: int, state: PyTree) -> None:
     """Writes the state of a run after a step, then drops the one before it.
 
@@ -162,7 +149,7 @@ def save_state(folder: str | Path, step: int, state: PyTree) -> None:
         manager.save(step, args=ocp.args.StandardSave(_host(state)))
 
 
-@_quiet()
+@quiet_absl()
 def restore_latest(folder: str | Path, template: PyTree) -> tuple[int, PyTree] | None:
     """The last complete state of a run and its step, or None; what a kill cut short is ignored.
 
@@ -204,7 +191,7 @@ def _fill(template: PyTree, folder: Path) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
-@_quiet()
+@quiet_absl()
 def _load(folder: Path) -> PyTree:
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such checkpoint")

@@ -1,17 +1,15 @@
 """Reading of image sets that tensorflow-datasets has prepared, without TensorFlow or a network."""
 
 import json
-import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxunlearn.data import Examples
+from jaxunlearn.quiet import quiet_absl
 
 _READ_AT_ONCE = 4096  # records: bounds the decoded copies beside the array that is returned
 
@@ -52,25 +50,13 @@ def read_prepared(
             "write the arrays you mean to an .npz file and load npz:PATH"
         )
     try:
-        with _quiet():
+        with quiet_absl():
             train, test = (_read(builder.as_data_source(split=part)) for part in ("train", "test"))
     except RuntimeError as error:  # array_record's word for a shard that is missing or torn
         raise ValueError(
             f"tfds:{name}: {folder} cannot be read ({error}); move that folder away, then {how}"
         ) from error
     return train, test, features["label"].names
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps tfds's advice to install OpenCV off the terminal; its errors are raised anyway."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _prepared_folder(name: str, root: Path, how: str) -> Path:

@@ -11,7 +11,7 @@ import jaxunlearn
 # From the bottom up. A module imports from lines above its own, never from its own line or below;
 # a package counts as one. A new module is entered here, or the tests fail.
 ORDER = (
-    ("environment", "linalg", "models", "report", "typed"),
+    ("environment", "linalg", "models", "quiet", "report", "typed"),
     ("config", "data", "layers"),
     ("batches", "capture", "prepared", "preprocessing"),
     ("checkpoint", "sharding", "sources"),
