@@ -5,12 +5,16 @@ python -m benchmarks.tables --write  puts them into README.md, between its table
 """
 
 import argparse
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from benchmarks.common import RESULTS, load_results, train_score
+from jaxunlearn.report import console_table
 
 README = Path(__file__).parents[1] / "README.md"
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -30,6 +34,14 @@ def main() -> None:
 def with_tables(text: str) -> str:
     """A page with each marked table made anew."""
     return MARKED.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}", text)
+
+
+def output() -> str:
+    """What ``jaxunlearn run configs/digits_unsc.toml`` prints, from its committed report."""
+    console = Console(width=115, record=True, file=io.StringIO())
+    console.print(console_table(load_results("report_digits_unsc")))
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    return "\n".join(["```text", *lines, "```"])
 
 
 def reports() -> str:
@@ -83,6 +95,7 @@ def ablation() -> str:
 
 _FRONT = ("forget_train", "retain_train", "forget_test", "retain_test")
 TABLES: dict[str, Callable[[], str]] = {
+    "output": output,
     "reports": reports,
     "front_cifar10": lambda: front("cifar10_resnet20_unsc"),
     "front_fashion_mnist": lambda: front("fashion_mnist_unsc"),
