@@ -6,6 +6,7 @@ python -m benchmarks.tables --write  puts them into README.md, between its table
 
 import argparse
 import io
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.common import RESULTS, load_results, train_score
+from benchmarks.speed import QUESTIONS
 from jaxunlearn.report import console_table
 
 README = Path(__file__).parents[1] / "README.md"
@@ -93,6 +95,34 @@ def ablation() -> str:
     return _table([*head, "distance, retain test", "distance, forget train"], rows)
 
 
+def speed() -> str:
+    """The committed speed results."""
+    files = [RESULTS / "speed" / f"{question}.json" for question in QUESTIONS]
+    return speed_table([json.loads(file.read_text()) for file in files if file.exists()])
+
+
+def speed_table(results: list[dict[str, Any]]) -> str:
+    """One row per measured ratio: what was asked, ratio of times, of CPU times, bar, verdict."""
+    rows = []
+    for result in results:
+        for row in result["rows"]:
+            if row["ratio"] is None and "note" not in row:
+                continue  # a point of a curve
+            verdict = {None: "", True: "holds", False: "**fails**"}[row["holds"]]
+            bar = "" if row["bar"] is None else f"≥ {row['bar']:g}"
+            rows.append(
+                [
+                    result["name"],
+                    row["case"],
+                    row.get("note") or f"{row['ratio']:.3g}",
+                    "" if row["cpu_ratio"] is None else f"{row['cpu_ratio']:.3g}",
+                    bar,
+                    verdict,
+                ]
+            )
+    return _table(["question", "case", "ratio", "ratio of CPU time", "bar", ""], rows)
+
+
 _FRONT = ("forget_train", "retain_train", "forget_test", "retain_test")
 TABLES: dict[str, Callable[[], str]] = {
     "output": output,
@@ -100,6 +130,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "front_cifar10": lambda: front("cifar10_resnet20_unsc"),
     "front_fashion_mnist": lambda: front("fashion_mnist_unsc"),
     "ablation": ablation,
+    "speed": speed,
 }
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from jaxunlearn.data import Source as Source
     from jaxunlearn.data import Splits as Splits
     from jaxunlearn.data import split as split
+    from jaxunlearn.edits import suppress_subspace as suppress_subspace
     from jaxunlearn.evaluation.membership import svc_confidence_optml as svc_confidence_optml
     from jaxunlearn.evaluation.report import evaluate_model as evaluate_model
     from jaxunlearn.evaluation.report import gap_to_retrain as gap_to_retrain
@@ -34,44 +35,64 @@ if TYPE_CHECKING:
     from jaxunlearn.gram import downdate_gram as downdate_gram
     from jaxunlearn.gram import merge_grams as merge_grams
     from jaxunlearn.layers import LayerSpec as LayerSpec
+    from jaxunlearn.linalg import psd_eigh as psd_eigh
+    from jaxunlearn.linalg import randomized_eigh as randomized_eigh
     from jaxunlearn.methods import METHODS as METHODS
     from jaxunlearn.methods import Unlearned as Unlearned
     from jaxunlearn.methods import UnlearningProblem as UnlearningProblem
     from jaxunlearn.methods import UNSCConfig as UNSCConfig
     from jaxunlearn.methods import unsc as unsc
     from jaxunlearn.network import with_preprocessing as with_preprocessing
+    from jaxunlearn.nnx_models import nnx_model as nnx_model
     from jaxunlearn.preprocessing import augmenter as augmenter
     from jaxunlearn.preprocessing import normalizer as normalizer
+    from jaxunlearn.projectors import CholeskyProjector as CholeskyProjector
+    from jaxunlearn.projectors import DualProjector as DualProjector
+    from jaxunlearn.projectors import Projector as Projector
+    from jaxunlearn.projectors import SpectralProjector as SpectralProjector
+    from jaxunlearn.sharding import data_mesh as data_mesh
+    from jaxunlearn.sharding import replicate as replicate
+    from jaxunlearn.sharding import shard_batch as shard_batch
+    from jaxunlearn.sharding import start_processes as start_processes
+    from jaxunlearn.sharding import unreplicate as unreplicate
     from jaxunlearn.sources import from_arrays as from_arrays
     from jaxunlearn.sources import load_source as load_source
-    from jaxunlearn.subspace import CholeskyProjector as CholeskyProjector
+    from jaxunlearn.steps import TrainState as TrainState
+    from jaxunlearn.steps import epoch_inputs as epoch_inputs
+    from jaxunlearn.steps import run_epoch as run_epoch
+    from jaxunlearn.steps import train_step as train_step
     from jaxunlearn.subspace import Eigenbasis as Eigenbasis
-    from jaxunlearn.subspace import Projector as Projector
-    from jaxunlearn.subspace import SpectralProjector as SpectralProjector
     from jaxunlearn.subspace import eigenbasis as eigenbasis
+    from jaxunlearn.subspace import eigenbasis_of_rows as eigenbasis_of_rows
     from jaxunlearn.subspace import importance as importance
     from jaxunlearn.subspace import importance_solve as importance_solve
+    from jaxunlearn.subspace import importance_solve_rows as importance_solve_rows
+    from jaxunlearn.subspace import leading_space as leading_space
     from jaxunlearn.subspace import null_space as null_space
     from jaxunlearn.subspace import top_eigenspace as top_eigenspace
     from jaxunlearn.subspace import truncate as truncate
+    from jaxunlearn.taps import tapped as tapped
     from jaxunlearn.training import accuracy as accuracy
     from jaxunlearn.training import fit as fit
     from jaxunlearn.training import sgd as sgd
     from jaxunlearn.transforms import mask_updates as mask_updates
+    from jaxunlearn.transforms import project_gradients as project_gradients
     from jaxunlearn.transforms import project_updates as project_updates
 
 _HOME = {
     "Batches": "batches",
-    "CholeskyProjector": "subspace",
+    "CholeskyProjector": "projectors",
+    "DualProjector": "projectors",
     "Eigenbasis": "subspace",
     "GramState": "gram",
     "LayerSpec": "layers",
     "METHODS": "methods",
-    "Projector": "subspace",
+    "Projector": "projectors",
     "RunConfig": "config",
     "Source": "data",
-    "SpectralProjector": "subspace",
+    "SpectralProjector": "projectors",
     "Splits": "data",
+    "TrainState": "steps",
     "UNSCConfig": "methods",
     "Unlearned": "methods",
     "UnlearningProblem": "methods",
@@ -81,9 +102,12 @@ _HOME = {
     "capture_inputs": "capture",
     "capture_outputs": "capture",
     "config_from_mapping": "config",
+    "data_mesh": "sharding",
     "describe_layers": "capture",
     "downdate_gram": "gram",
     "eigenbasis": "subspace",
+    "eigenbasis_of_rows": "subspace",
+    "epoch_inputs": "steps",
     "evaluate_model": "evaluation.report",
     "features": "capture",
     "fit": "training",
@@ -91,23 +115,37 @@ _HOME = {
     "gap_to_retrain": "evaluation.report",
     "importance": "subspace",
     "importance_solve": "subspace",
+    "importance_solve_rows": "subspace",
     "layer_inputs": "capture",
+    "leading_space": "subspace",
     "load_config": "config",
     "load_source": "sources",
     "mask_updates": "transforms",
     "merge_grams": "gram",
+    "nnx_model": "nnx_models",
     "normalizer": "preprocessing",
     "null_space": "subspace",
     "predict": "evaluation.report",
+    "project_gradients": "transforms",
     "project_updates": "transforms",
+    "psd_eigh": "linalg",
+    "randomized_eigh": "linalg",
+    "replicate": "sharding",
     "restore_variables": "checkpoint",
     "run": "experiment",
+    "run_epoch": "steps",
     "save_variables": "checkpoint",
     "sgd": "training",
+    "shard_batch": "sharding",
     "split": "data",
+    "start_processes": "sharding",
+    "suppress_subspace": "edits",
     "svc_confidence_optml": "evaluation.membership",
+    "tapped": "taps",
     "top_eigenspace": "subspace",
+    "train_step": "steps",
     "truncate": "subspace",
+    "unreplicate": "sharding",
     "unsc": "methods",
     "with_preprocessing": "network",
 }

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import ApplyFn, describe_layers, features
@@ -12,6 +13,7 @@ from jaxunlearn.config import EvaluateConfig
 from jaxunlearn.data import Examples, Source, Splits
 from jaxunlearn.evaluation.report import SPLITS, evaluate_model, gap_to_retrain, predict
 from jaxunlearn.evaluation.representation import pca_embedding, pseudo_label_histogram
+from jaxunlearn.sharding import replicate, shard_batch
 
 _LARGE, _SAMPLE = 20_000, 5_000
 _EMBEDDED = 2_000  # test images in the embedding: more would not be told apart
@@ -54,6 +56,7 @@ def assess(
     *,
     pseudo: np.ndarray | None,
     seed: int,
+    mesh: Mesh | None = None,
 ) -> Assessment:
     """Evaluate models on forget and retain data of the train and test sets.
 
@@ -65,6 +68,7 @@ def assess(
       config: sample size, batch size, members of the attack.
       pseudo: labels that the method gave the forget examples, if it did.
       seed: of the samples.
+      mesh: devices over which the batches are split.
     """
     rows = {
         "forget_train": (source.train, splits.forget),
@@ -81,7 +85,7 @@ def assess(
     given = {name: variables for name, variables in models.items() if variables is not None}
     k = source.num_classes
     logits = {
-        name: {split: _outputs(apply_fn, variables, data.get(split), k) for split in SPLITS}
+        name: {split: _outputs(apply_fn, variables, data.get(split), k, mesh) for split in SPLITS}
         for name, variables in given.items()
     }
     judged = {
@@ -106,11 +110,12 @@ def _judged(name: str, logits: Any, k: int, members: str, seed: int) -> dict[str
 
 
 def _outputs(
-    apply_fn: ApplyFn, variables: Any, batches: Batches | None, k: int
+    apply_fn: ApplyFn, variables: Any, batches: Batches | None, k: int, mesh: Mesh | None
 ) -> tuple[np.ndarray, np.ndarray]:
     if batches is None:
         return np.zeros((0, k), np.float32), np.zeros(0, np.int32)
-    return predict(apply_fn, variables, batches), np.asarray(batches.labels)
+    split = (shard_batch(mesh, batch) for batch in batches)
+    return predict(apply_fn, replicate(mesh, variables), split), np.asarray(batches.labels)
 
 
 def _embeddings(

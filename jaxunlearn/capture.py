@@ -3,25 +3,50 @@
 Models are never edited for this. Inputs of linear layers are sown by an interceptor around
 ``apply_fn`` (flax's ``capture_intermediates`` only sees outputs); outputs come from
 ``capture_intermediates`` itself. ``apply_fn(variables, inputs, **flax_apply_kwargs)`` is
-``model.apply`` or any function around it.
+``model.apply`` or any function around it. What is sown are :class:`LayerCall`: an ``apply_fn`` of
+another kind that returns them among its intermediates (:mod:`jaxunlearn.taps`,
+:mod:`jaxunlearn.nnx_models`) is read in the same way.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 
-from jaxunlearn.layers import LayerInput, LayerSpec, spec_of
+from jaxunlearn.flax_layers import own_call, spec_of, stacked_spec
+from jaxunlearn.layers import LayerInput, LayerSpec, leaves_by_path
 
 ApplyFn = Callable[..., Any]
 InputsFn = Callable[[Any, Mapping[str, Array]], dict[str, LayerInput]]
 
-_INPUT = "layer_input"
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer, as it travels out of a forward pass among its intermediates.
+
+    A pytree whose only leaf is the input: what else is known of the call is static, so it passes
+    through ``nn.scan``, ``nn.vmap`` and ``jit``, which stack or trace the leaf.
+
+    Attributes:
+      x: what the layer read.
+      spec: the layer as it saw itself: without a stack inside ``nn.scan``.
+      rank: number of axes of ``x`` as one layer saw it.
+      position: place of the layer in the order of first calls.
+    """
+
+    x: Any
+    spec: LayerSpec = field(metadata={"static": True})
+    rank: int = field(metadata={"static": True})
+    position: int = field(metadata={"static": True})
 
 
 def describe_layers(
@@ -29,18 +54,21 @@ def describe_layers(
 ) -> dict[str, LayerSpec]:
     """Specs of all linear layers that a forward pass calls, by path, in the order of their calls.
 
-    Traces the model once without computing anything.
+    Traces the model once without computing anything. A layer under ``nn.scan`` or ``nn.vmap`` has
+    one spec for its whole stack. A layer whose kernel is no leaf of ``variables["params"]`` (it is
+    made of other parameters, or kept elsewhere) has none.
 
     Args:
       apply_fn: the model.
-      variables: its variables.
+      variables: its variables, with a ``params`` collection.
       inputs: a batch ``[b, ...]``, or a ``jax.ShapeDtypeStruct`` of one.
 
     Returns:
       ``{path: LayerSpec}``; a layer that is called twice appears once.
 
     Raises:
-      ValueError: the model calls no linear layer known to :mod:`jaxunlearn.layers`.
+      ValueError: the model calls no linear layer known to :mod:`jaxunlearn.layers`; a lifted layer
+        does not hand out its inputs, or its kernels are not stacked along the leading axis.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -50,22 +78,31 @@ def describe_layers(
       >>> [(path, spec.d_in, spec.d_out) for path, spec in specs.items()]
       [('layers_0', 5, 4), ('layers_2', 4, 3)]
     """
-    specs: dict[str, LayerSpec] = {}
-
-    def note(
-        next_fn: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
-    ) -> Any:
-        if context.method_name == "__call__" and (spec := spec_of(context.module)):
-            specs.setdefault(spec.path, spec)
-        return next_fn(*args, **kwargs)
-
-    with nn.intercept_methods(note):
-        # A new function: eval_shape caches traces, and a cached one calls no interceptor.
-        jax.eval_shape(lambda v, x: apply_fn(v, x), variables, inputs)
+    _check_keywords(apply_fn)
+    seen: dict[str, LayerSpec] = {}
+    # A new function: eval_shape caches traces, and a cached one calls no interceptor.
+    calls = jax.eval_shape(lambda v, x: _calls(apply_fn, v, x, seen), variables, inputs)
+    kernels = leaves_by_path(variables["params"]) if seen else {}
+    returned = {call.spec.path for call in calls}
+    specs = {}
+    for path, spec in seen.items():
+        if spec.kernel_path not in kernels:
+            continue
+        spec = stacked_spec(spec, tuple(kernels[spec.kernel_path].shape))
+        if path not in returned:
+            raise ValueError(
+                f"layer {path!r} runs inside nn.scan or nn.vmap, which keeps its inputs to itself; "
+                f"write variable_axes={_variable_axes(spec)} where it is lifted"
+            )
+        specs[path] = spec
+    for call in calls:
+        _check_stack(call, specs.get(call.spec.path, call.spec))
     if not specs:
         raise ValueError(
             "the model calls no linear layer that jaxunlearn knows (nn.Dense, nn.DenseGeneral, "
-            "nn.Conv); pass model.apply, not jitted, of a linen module whose layers are among these"
+            'nn.Conv) with a kernel in variables["params"]; pass model.apply, not jitted, of a '
+            "linen module whose layers are among these. For flax.nnx, also inside "
+            "nnx.bridge.ToLinen, use jaxunlearn.nnx_model; for a plain function jaxunlearn.tapped"
         )
     return specs
 
@@ -75,32 +112,29 @@ def capture_inputs(
 ) -> Callable[[Any, Array], dict[str, tuple[Array, ...]]]:
     """Function ``(variables, inputs) -> {path: inputs of the layer, one array per call}``.
 
-    One forward pass in inference mode. A shared layer returns as many arrays as it has calls.
+    One forward pass in inference mode. A shared layer returns as many arrays as it has calls, each
+    ``[*stack, b, ...]``. A layer that ``nn.scan`` calls with the same kernel in each step, as
+    recurrent cells are, returns one array with the steps as the axis after ``b``.
 
     Args:
       apply_fn: the model.
       specs: the layers to watch, from :func:`describe_layers`.
     """
-    wanted = frozenset(specs)
-
-    def sow_input(
-        next_fn: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
-    ) -> Any:
-        if context.method_name == "__call__" and "/".join(context.module.path) in wanted:
-            context.module.sow("intermediates", _INPUT, args[0])
-        return next_fn(*args, **kwargs)
 
     def capture(variables: Any, inputs: Array) -> dict[str, tuple[Array, ...]]:
-        with nn.intercept_methods(sow_input):
-            _, state = apply_fn(variables, inputs, mutable=["intermediates"])
-        sown = flatten_dict(state.get("intermediates", {}))
-        found = {"/".join(key[:-1]): calls for key, calls in sown.items() if key[-1] == _INPUT}
-        if missing := wanted - found.keys():
+        calls = [c for c in _calls(apply_fn, variables, inputs, {}) if c.spec.path in specs]
+        if missing := specs.keys() - {call.spec.path for call in calls}:
             raise ValueError(
                 f"the forward pass did not call {sorted(missing)}; specs must come from "
                 "describe_layers on the same model and input shape"
             )
-        return {path: found[path] for path in specs}
+        lead = [len(specs[call.spec.path].stack) for call in calls]
+        lifted = any(c.x.ndim - c.rank != n for c, n in zip(calls, lead, strict=True))
+        axes = _batch_axes(apply_fn, variables, inputs, specs) if lifted else lead
+        found: dict[str, tuple[Array, ...]] = dict.fromkeys(specs, ())
+        for call, axis, first in zip(calls, axes, lead, strict=True):
+            found[call.spec.path] += (jnp.moveaxis(call.x, axis, first),)
+        return found
 
     return capture
 
@@ -173,3 +207,81 @@ def features(
         return z.reshape(z.shape[0], -1)
 
     return features_fn
+
+
+def _calls(
+    apply_fn: ApplyFn, variables: Any, inputs: Any, seen: dict[str, LayerSpec]
+) -> list[LayerCall]:
+    """All calls of linear layers that a forward pass hands out, in the order of first calls.
+
+    ``seen`` is filled with every layer that is called, also where a lifted transform keeps its
+    input. It takes names and shapes only: an array in a Python dict would leak under ``nn.scan``.
+    """
+
+    def sow_input(
+        next_fn: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
+    ) -> Any:
+        method = context.orig_method.func  # type: ignore[attr-defined]  # a partial of the module
+        if context.method_name == "__call__" and own_call(method):
+            x = args[0] if args else kwargs["inputs"]
+            if spec := spec_of(context.module, jnp.ndim(x)):
+                seen.setdefault(spec.path, spec)
+                call = LayerCall(x, spec, jnp.ndim(x), list(seen).index(spec.path))
+                context.module.sow("intermediates", "layer_call", call)
+        return next_fn(*args, **kwargs)
+
+    with nn.intercept_methods(sow_input):
+        _, state = apply_fn(variables, inputs, mutable=["intermediates"])
+    sown = jax.tree.leaves(
+        state.get("intermediates", {}), is_leaf=lambda node: isinstance(node, LayerCall)
+    )
+    calls = sorted((c for c in sown if isinstance(c, LayerCall)), key=lambda c: c.position)
+    for call in calls:
+        seen.setdefault(call.spec.path, call.spec)
+    return calls
+
+
+def _check_keywords(apply_fn: ApplyFn) -> None:
+    try:
+        inspect.signature(apply_fn).bind(None, None, mutable=["intermediates"])
+    except TypeError as error:
+        raise ValueError(
+            "apply_fn must take flax's keywords, as model.apply does and "
+            f"lambda variables, x, **kwargs: model.apply(variables, x, **kwargs): {error}"
+        ) from error
+
+
+def _check_stack(call: LayerCall, spec: LayerSpec) -> None:
+    lead = len(spec.stack)
+    if call.x.ndim - call.rank < lead or call.x.shape[:lead] != spec.stack:
+        raise ValueError(
+            f"inputs of layer {spec.path!r} come back as {call.x.shape}, its kernels are stacked "
+            f"as {spec.stack}; write variable_axes={_variable_axes(spec)} where it is lifted"
+        )
+
+
+def _variable_axes(spec: LayerSpec) -> str:
+    return '{"params": 0, "intermediates": 0}' if spec.stack else '{"intermediates": 0}'
+
+
+def _batch_axes(
+    apply_fn: ApplyFn, variables: Any, inputs: Array, specs: Mapping[str, LayerSpec]
+) -> list[int]:
+    """The axis of each call's input that grows with the batch.
+
+    A scan over steps puts an axis before it, a ``vmap`` over examples puts the batch axis itself
+    where the layer sees none; only another batch size tells them apart.
+    """
+
+    def calls(extra: int) -> list[LayerCall]:
+        batch = jax.ShapeDtypeStruct((inputs.shape[0] + extra, *inputs.shape[1:]), inputs.dtype)
+        found = jax.eval_shape(lambda v, x: _calls(apply_fn, v, x, {}), variables, batch)
+        return [call for call in found if call.spec.path in specs]
+
+    return [
+        next(
+            (i for i, (m, n) in enumerate(zip(a.x.shape, b.x.shape, strict=True)) if m != n),
+            len(specs[a.spec.path].stack),  # none: it does not depend on the batch
+        )
+        for a, b in zip(calls(0), calls(1), strict=True)
+    ]

@@ -39,6 +39,10 @@ Weights = Annotated[
     Path | None,
     typer.Option("--weights", help="Third-party weights (.npz) for the original model."),
 ]
+Devices = Annotated[
+    int | None,
+    typer.Option("--devices", help="Devices that share each batch; default 1. On a CPU, virtual."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 
@@ -49,10 +53,11 @@ def run(
     out: Out = None,
     data_dir: DataDir = None,
     weights: Weights = None,
+    devices: Devices = None,
     quiet: Quiet = False,
 ) -> None:
     """Train, unlearn, evaluate, report. Stages already done in the run folder are kept."""
-    _carry_out("evaluate", config, overrides, out, data_dir, weights, quiet)
+    _carry_out("evaluate", config, overrides, out, data_dir, weights, devices, quiet)
 
 
 @app.command()
@@ -62,10 +67,11 @@ def train(
     out: Out = None,
     data_dir: DataDir = None,
     weights: Weights = None,
+    devices: Devices = None,
     quiet: Quiet = False,
 ) -> None:
     """Only train the original and the retrained model."""
-    _carry_out("train", config, overrides, out, data_dir, weights, quiet)
+    _carry_out("train", config, overrides, out, data_dir, weights, devices, quiet)
 
 
 @app.command()
@@ -75,10 +81,11 @@ def unlearn(
     out: Out = None,
     data_dir: DataDir = None,
     weights: Weights = None,
+    devices: Devices = None,
     quiet: Quiet = False,
 ) -> None:
     """Train where need be, then unlearn; no evaluation."""
-    _carry_out("unlearn", config, overrides, out, data_dir, weights, quiet)
+    _carry_out("unlearn", config, overrides, out, data_dir, weights, devices, quiet)
 
 
 @app.command()
@@ -88,10 +95,11 @@ def evaluate(
     out: Out = None,
     data_dir: DataDir = None,
     weights: Weights = None,
+    devices: Devices = None,
     quiet: Quiet = False,
 ) -> None:
     """Evaluate and report what the run folder holds; missing stages are done first."""
-    _carry_out("evaluate", config, overrides, out, data_dir, weights, quiet)
+    _carry_out("evaluate", config, overrides, out, data_dir, weights, devices, quiet)
 
 
 @app.command()
@@ -149,15 +157,17 @@ def _carry_out(
     out: Path | None,
     data_dir: Path | None,
     weights: Path | None,
+    devices: int | None,
     quiet: bool,
 ) -> None:
-    flags = {"out": out, "data.data_dir": data_dir, "train.weights": weights}
+    paths = {"out": out, "data.data_dir": data_dir, "train.weights": weights}
+    flags: dict[str, str | int] = {
+        key: str(path) for key, path in paths.items() if path is not None
+    }
+    if devices is not None:
+        flags["devices"] = devices
     # A JSON string is a TOML string.
-    given = [
-        f"{key}={json.dumps(str(value), ensure_ascii=False)}"
-        for key, value in flags.items()
-        if value is not None
-    ]
+    given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flags.items()]
     with _answered():
         # Imported here: help and usage errors need not wait for this, nor a config's for JAX.
         from jaxunlearn.config import load_config

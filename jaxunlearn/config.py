@@ -57,6 +57,7 @@ class ModelConfig:
 
     name: str | None = "mlp"
     factory: str | None = None  # "package.module:function"
+    fast_convolutions: bool = True  # on one CPU device; False: XLA's
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -150,6 +151,7 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     seed: Natural = 0
     out: str = "runs/run"
+    devices: Positive = 1  # that share each batch; on the CPU backend virtual ones
 
     def __post_init__(self) -> None:
         _require(

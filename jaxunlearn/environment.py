@@ -12,8 +12,11 @@ import jax
 _PACKAGES = ("jaxunlearn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def describe_environment() -> dict[str, Any]:
+def describe_environment(devices: int | None = None) -> dict[str, Any]:
     """Versions, devices and, in a git checkout, the commit; no host or folder names.
+
+    Args:
+      devices: how many are used, the first ones; by default all.
 
     Examples:
       >>> sorted(describe_environment())
@@ -25,7 +28,7 @@ def describe_environment() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu_count": os.cpu_count(),
         "backend": jax.default_backend(),
-        "devices": [device.device_kind for device in jax.devices()],
+        "devices": [device.device_kind for device in jax.devices()[:devices]],
         "git": _git_state(),
     }
 

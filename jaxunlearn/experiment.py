@@ -10,10 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxunlearn.assessment import assess, retain_sample
-from jaxunlearn.config import (
-    RunConfig,
-    to_mapping,
-)
+from jaxunlearn.config import RunConfig, to_mapping
 from jaxunlearn.data import Source, Splits
 from jaxunlearn.environment import describe_environment
 from jaxunlearn.evaluation.report import json_value
@@ -43,8 +40,8 @@ def run(
     The folder gets ``config.json``, ``environment.json``, ``checkpoints/{original, retrained,
     unlearned}`` (orbax), ``stages/*.json``, ``report.json``, ``report.md``, ``report.html`` and
     ``arrays.npz``. A killed run goes on where it stopped when it is started again. Settings on
-    which a finished stage depends may not change between calls; the others may: ``[evaluate]`` and
-    the place of the data always, ``[unlearn]`` until the unlearning is done.
+    which a finished stage depends may not change between calls; the others may: ``[evaluate]``,
+    ``devices`` and the place of the data always, ``[unlearn]`` until the unlearning is done.
 
     Args:
       config: from :func:`jaxunlearn.config.load_config`.
@@ -59,7 +56,7 @@ def run(
       FloatingPointError: a training or an unlearning diverged.
     """
     prepared = prepare(config)
-    environment = describe_environment() | {"seed": config.seed}
+    environment = describe_environment(config.devices) | {"seed": config.seed}
     folder = RunFolder(
         Path(config.out),
         config=to_mapping(config),
@@ -169,6 +166,7 @@ def _fit(
             patience=config.patience,
             state_dir=folder.states(name),
             on_epoch=on_epoch,
+            mesh=prepared.mesh,
         )
     earlier = sum(epoch["seconds"] for epoch in fitted.history if epoch["epoch"] not in here)
     return fitted.variables, {"history": fitted.history, "seconds": earlier}
@@ -184,6 +182,7 @@ def _unlearned(prepared: Prepared, key: jax.Array, original: Any) -> tuple[Any, 
         num_classes=prepared.source.num_classes,
         forget_classes=splits.forget_classes,
         augment=prepared.augment,
+        mesh=prepared.mesh,
     )
     result = prepared.method.run(key, problem, prepared.method_config)
     return result.variables, {"info": result.info}
@@ -204,6 +203,7 @@ def _evaluated(
             config.evaluate,
             pseudo=None if pseudo is None else np.asarray(pseudo),
             seed=config.seed,
+            mesh=prepared.mesh,
         )
     environment = folder.environment
     notes = _notes(prepared, records, environment) + result.notes

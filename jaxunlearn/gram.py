@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxunlearn.capture import InputsFn
+from jaxunlearn.conv_gram import images_at_once, lag_gram, lags_pay, row_gram, sum_over_images
 from jaxunlearn.layers import LayerInput, LayerSpec, Patches, inputs_as_rows, mask_examples
-
-# Patches of one chunk of a convolution's input: small enough for the last-level cache and memory,
-# large enough that the matrix product dominates.
-_CHUNK_BYTES = 32 * 2**20
+from jaxunlearn.sharding import AXIS, replicate, shard_batch, unreplicate
 
 
 class GramState(NamedTuple):
@@ -53,8 +52,22 @@ def layer_gram(
       mask: ``[b]``, nonzero for examples that count.
       patches: see :func:`jaxunlearn.layers.inputs_as_rows`.
     """
-    gram = sum(_call_gram(layer.spec, mask_examples(x, mask), patches) for x in layer.calls)
+    spec = layer.spec
+    masked = [mask_examples(x, mask, stack=spec.stack) for x in layer.calls]
+    gram = sum(_call_gram(spec, x, patches) for x in masked)
     return GramState(jnp.asarray(gram), jnp.sum(mask != 0, dtype=jnp.int32))
+
+
+def patch_gram(
+    spec: LayerSpec, x: Shaped[Array, "b ..."], *, patches: Patches = "exact"
+) -> Float[Array, "*lead d d"]:
+    """Gram of a convolution's input maps by its patches, a chunk of images at a time.
+
+    The way for strided, small and narrow maps; and the oracle of the lag correlations.
+    """
+    rows_of = partial(inputs_as_rows, spec, patches=patches)
+    images = images_at_once(rows_of, x)
+    return sum_over_images(lambda part: row_gram(rows_of(part)), x, images)
 
 
 def merge_grams(a: GramState, b: GramState) -> GramState:
@@ -85,26 +98,31 @@ def accumulate_gram(
     batches: Iterable[Mapping[str, Array]],
     *,
     patches: Patches = "exact",
+    mesh: Mesh | None = None,
     axis_name: str | None = None,
 ) -> dict[str, GramState]:
     """Grams of all layers over masked batches: one forward pass over the data.
 
-    Memory: one Gram per layer and one chunk of patches. Compiled once for all calls with the same
-    ``inputs_fn`` and batch shape.
+    Memory: one Gram per layer and one chunk of patches, on each device. Compiled once for all calls
+    with the same ``inputs_fn`` and batch shape. On several devices each sums its own rows; the
+    devices exchange nothing until one ``psum`` per Gram at the end.
 
     Args:
       inputs_fn: from :func:`jaxunlearn.capture.layer_inputs`.
       variables: the model's variables.
       batches: dicts with ``inputs [b, ...]`` and ``mask [b]``; of constant shape.
       patches: see :func:`jaxunlearn.layers.inputs_as_rows`.
+      mesh: from :func:`jaxunlearn.sharding.data_mesh`: each batch is split over its devices. In
+        several processes each hands in its own batches, as many and of the same shape as the
+        others (masked rows fill up); the result is the Gram of all processes' data.
       axis_name: inside ``jax.pmap`` or ``jax.shard_map``, the axis over which the batches are
         split; the result is then the Gram of all devices' data.
 
     Returns:
-      ``{path: GramState}``.
+      ``{path: GramState}``, on one device.
 
     Raises:
-      ValueError: there are no batches.
+      ValueError: there are no batches; both a mesh and an axis name.
 
     Examples:
       >>> import flax.linen as nn
@@ -116,17 +134,54 @@ def accumulate_gram(
       >>> accumulate_gram(inputs_fn, variables, [batch])[""].gram.tolist()
       [[10.0, 14.0], [14.0, 20.0]]
     """
+    if mesh is not None and axis_name is not None:
+        raise ValueError("mesh and axis_name exclude each other: a pmap or shard_map has a mesh")
+    variables = replicate(mesh, variables)
     total: dict[str, GramState] | None = None
     for batch in batches:
-        arrays = {"inputs": batch["inputs"], "mask": batch["mask"]}
-        part = _batch_grams(inputs_fn, patches, variables, arrays)
+        arrays = shard_batch(mesh, {"inputs": batch["inputs"], "mask": batch["mask"]})
+        part = _device_grams(mesh, inputs_fn, patches, variables, arrays)
         total = part if total is None else _merge_all(total, part)
     if total is None:
         raise ValueError("no batches to accumulate a Gram over; pass at least one")
+    if mesh is not None:
+        return unreplicate(mesh, _sum_devices(mesh, total))
     return total if axis_name is None else jax.lax.psum(total, axis_name)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _device_grams(
+    mesh: Mesh | None,
+    inputs_fn: InputsFn,
+    patches: Patches,
+    variables: Any,
+    batch: Mapping[str, Array],
+) -> dict[str, GramState]:
+    """Grams of a batch; on a mesh those of each device's rows, stacked on a leading axis."""
+    if mesh is None:
+        return _batch_grams(inputs_fn, patches, variables, batch)
+
+    def share(variables: Any, batch: Mapping[str, Array]) -> dict[str, GramState]:
+        grams = _batch_grams(inputs_fn, patches, variables, batch)
+        return jax.tree.map(lambda leaf: leaf[None], grams)
+
+    # Not jit's own partitioner: it would gather the images that a chunk is taken from. Unchecked:
+    # a model's scans may begin with constants, which do not vary over devices as their results do.
+    split, whole = PartitionSpec(AXIS), PartitionSpec()
+    return jax.shard_map(
+        share, mesh=mesh, in_specs=(whole, split), out_specs=split, check_vma=False
+    )(variables, batch)
+
+
+@partial(jax.jit, static_argnums=0)
+def _sum_devices(mesh: Mesh, stacked: dict[str, GramState]) -> dict[str, GramState]:
+    def add(share: dict[str, GramState]) -> dict[str, GramState]:
+        return jax.lax.psum(jax.tree.map(lambda leaf: leaf[0], share), AXIS)
+
+    split, whole = PartitionSpec(AXIS), PartitionSpec()
+    return jax.shard_map(add, mesh=mesh, in_specs=split, out_specs=whole)(stacked)
+
+
 def _batch_grams(
     inputs_fn: InputsFn, patches: Patches, variables: Any, batch: Mapping[str, Array]
 ) -> dict[str, GramState]:
@@ -140,22 +195,14 @@ def _merge_all(a: dict[str, GramState], b: dict[str, GramState]) -> dict[str, Gr
 
 
 def _call_gram(spec: LayerSpec, x: Array, patches: Patches) -> Float[Array, "*lead d d"]:
-    images = x.shape[0]
-    rows = jax.eval_shape(partial(inputs_as_rows, spec, patches=patches), x)
-    chunk = max(1, min(images, _CHUNK_BYTES * images // max(1, 4 * rows.size)))
-    if spec.conv is None or chunk == images:
-        return _row_gram(inputs_as_rows(spec, x, patches=patches))
-    # Zero images complete the last chunk; they add nothing.
-    padded = jnp.pad(x, [(0, -images % chunk)] + [(0, 0)] * (x.ndim - 1))
-    chunks = padded.reshape(-1, chunk, *x.shape[1:])
-
-    def add(gram: Array, part: Array) -> tuple[Array, None]:
-        return gram + _row_gram(inputs_as_rows(spec, part, patches=patches)), None
-
-    empty = jnp.zeros(spec.gram_shape, jnp.promote_types(x.dtype, jnp.float32))
-    return jax.lax.scan(add, empty, chunks)[0]
-
-
-def _row_gram(X: Float[Array, "*lead n d"]) -> Float[Array, "*lead d d"]:
-    X = X.astype(jnp.promote_types(X.dtype, jnp.float32))
-    return jnp.matmul(X.mT, X, precision=jax.lax.Precision.HIGHEST)
+    if spec.stack and spec.conv:  # one layer's patches at a time
+        layers = x.reshape(-1, *x.shape[len(spec.stack) :])
+        grams = jax.lax.map(lambda one: _call_gram(spec.one, one, patches), layers)
+        return grams.reshape(spec.gram_shape)
+    if spec.conv is None:
+        return row_gram(inputs_as_rows(spec, x))
+    geometry = spec.conv.valid() if patches == "valid" else spec.conv
+    maps = x.reshape(-1, *x.shape[-len(geometry.kernel_size) - 1 :])
+    if lags_pay(geometry, maps):
+        return lag_gram(geometry, maps)
+    return patch_gram(spec, maps, patches=patches)

@@ -21,6 +21,7 @@ from jaxtyping import Array, PRNGKeyArray
 from jaxunlearn.capture import ApplyFn
 from jaxunlearn.checkpoint import restore_variables
 from jaxunlearn.config import DataConfig, ModelConfig, RetrainConfig, TrainConfig, resolve_path
+from jaxunlearn.convolution import fast_convolutions
 from jaxunlearn.data import Source
 from jaxunlearn.models import TORCH_RULES, build, from_torch, read_arrays
 from jaxunlearn.preprocessing import normalizer
@@ -79,6 +80,8 @@ def build_network(model: ModelConfig, data: DataConfig, source: Source) -> Netwo
         return dict(module.init(key, x, **_mode(module, train=False)))
 
     apply_fn = with_preprocessing(module, normalize)
+    if model.fast_convolutions:
+        apply_fn = fast_convolutions(apply_fn)
     try:
         template = jax.eval_shape(init, jax.random.key(0))
         logits = jax.eval_shape(lambda v, x: apply_fn(v, x), template, example)

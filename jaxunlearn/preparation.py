@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from jaxunlearn.batches import Batches
 from jaxunlearn.config import RunConfig, TrainConfig, reference_data, resolve_path
@@ -15,8 +16,10 @@ from jaxunlearn.data import Source, Splits, split
 from jaxunlearn.methods import METHODS, Method
 from jaxunlearn.network import Network, build_network, given_variables
 from jaxunlearn.preprocessing import augmenter
+from jaxunlearn.sharding import run_mesh
 from jaxunlearn.sources import load_source
-from jaxunlearn.training import Augment, TrainState, sgd, train_step
+from jaxunlearn.steps import Augment, TrainState, train_step
+from jaxunlearn.training import sgd
 from jaxunlearn.typed import typed
 
 
@@ -25,6 +28,7 @@ class Prepared(NamedTuple):
 
     Attributes:
       given: trained variables that the config names, by model; None where a model is to be trained.
+      mesh: the devices of the run; None for one.
     """
 
     config: RunConfig
@@ -35,6 +39,7 @@ class Prepared(NamedTuple):
     method_config: Any
     augment: Augment | None
     given: dict[str, Any]
+    mesh: Mesh | None
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -56,6 +61,7 @@ def prepare(config: RunConfig) -> Prepared:
     method = _method(config.unlearn.method)
     method_config: Any = typed(method.config, config.unlearn.options, where="unlearn")
     _check_files(config)
+    mesh = run_mesh(config.devices)
     source = load_source(
         config.data.source, data_dir=_data_dir(config), split_seed=config.data.split_seed
     )
@@ -74,7 +80,9 @@ def prepare(config: RunConfig) -> Prepared:
         "original": given_variables(network, config.model, train, section="train"),
         "retrained": given_variables(network, config.model, retrain, section="retrain"),
     }
-    prepared = Prepared(config, source, splits, network, method, method_config, augment, given)
+    prepared = Prepared(
+        config, source, splits, network, method, method_config, augment, given, mesh
+    )
     _check_training(prepared)
     return prepared
 

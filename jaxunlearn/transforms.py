@@ -1,9 +1,13 @@
 """Projections and masks of optimiser updates, as ordinary optax links.
 
-Both belong **last** in a chain: Adam, momentum with weight decay and per-element clipping all leave
-a subspace that their input was in, and only what reaches the parameters counts.
+They belong **last** in a chain: Adam, weight decay and per-element clipping leave a subspace that
+their input was in, and only what reaches the parameters counts.
 
     optax.chain(optax.adamw(1e-3), project_updates(projectors, specs, complement=True))
+
+Placed last, every step ``ΔK`` is in the subspace, so the sum of all of them, ``K - K₀``, is too,
+whatever momentum the links before keep. :func:`project_gradients` is the link's other place, first,
+as GPM has it.
 """
 
 from collections.abc import Mapping
@@ -13,12 +17,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxunlearn.layers import LayerSpec, kernel_as_matrix, matrix_as_kernel
-from jaxunlearn.subspace import Projector
+from jaxunlearn.layers import LayerSpec, leaves_by_path, map_kernel, path_name
+from jaxunlearn.projectors import Projector, check_projectors
 
 
 class ProjectUpdatesState(NamedTuple):
-    """Projectors by layer path: state, not a closure, so that they are never compiled in."""
+    """Projectors by layer path: state, not a closure, so that they are never compiled in.
+
+    Those of kernels that ``optax.masked`` or ``optax.partition`` hides from the link are left out.
+    """
 
     projectors: dict[str, Projector]
 
@@ -43,7 +50,8 @@ def project_updates(
     (UNSC, arXiv:2404.13588; GPM, arXiv:2103.09762). That guarantee needs every other parameter to
     stay, so the default freezes biases, norms and embeddings.
 
-    Costs ``4 d r d_out`` flops per kernel and step.
+    Costs ``4 d r d_out`` flops per kernel and step, in float32 whatever the kernel's dtype. Kernels
+    that ``optax.masked`` or ``optax.partition`` hides are another group's: they are skipped.
 
     Args:
       projectors: ``{layer path: projector}``.
@@ -77,10 +85,13 @@ def project_updates(
     layer_of = {specs[path].kernel_path: path for path in projectors}
 
     def init(params: optax.Params) -> ProjectUpdatesState:
-        leaves = {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
-        for path, projector in projectors.items():
-            _check_layer(specs[path], projector, leaves)
-        return ProjectUpdatesState(dict(projectors))
+        leaves = leaves_by_path(params, is_leaf=_is_hidden)
+        hidden = {name for name, leaf in leaves.items() if _is_hidden(leaf)}
+        visible = {
+            path: P for path, P in projectors.items() if not _under(specs[path].kernel_path, hidden)
+        }
+        check_projectors(visible, specs, leaves)
+        return ProjectUpdatesState(visible)
 
     def update(
         updates: optax.Updates, state: ProjectUpdatesState, params: optax.Params | None = None
@@ -88,14 +99,63 @@ def project_updates(
         del params
 
         def leaf_update(tree_path: tuple, leaf: jax.Array) -> jax.Array:
-            layer = layer_of.get(_name(tree_path))
+            layer = layer_of.get(path_name(tree_path))
             if layer is None:
                 return leaf if others == "pass" else jnp.zeros_like(leaf)
-            return _project(specs[layer], state.projectors[layer], leaf, complement)
+            projector = state.projectors[layer]
+            return map_kernel(projector.complement if complement else projector, specs[layer], leaf)
 
         return jax.tree.map_with_path(leaf_update, updates), state
 
     return optax.GradientTransformation(init, update)
+
+
+def project_gradients(
+    projectors: Mapping[str, Projector],
+    specs: Mapping[str, LayerSpec],
+    *,
+    complement: bool = False,
+    others: Literal["freeze", "pass"] = "freeze",
+) -> optax.GradientTransformation:
+    """The link of :func:`project_updates`, to be placed **first**: it projects gradients.
+
+    This is gradient projection memory as published (GPM, arXiv:2103.09762): the gradient is
+    projected, then the optimiser sees it. What comes after decides whether it holds:
+
+    - ``optax.sgd``, with or without momentum, Nesterov or not, and any schedule: linear in the
+      gradients, so the updates are those of ``project_updates`` up to rounding;
+    - Adam and its kin divide entry by entry, weight decay adds the kernel, clipping per element
+      cuts entries: the updates leave the subspace, and outputs that should stay move. So do leaves
+      that ``others="freeze"`` should hold, if decay moves them.
+
+    Use it to reproduce results of such a chain, or in front of SGD; else ``project_updates``. Both
+    in one chain are allowed: Adam's moments then see projected gradients only, and the guarantee is
+    that of the last link.
+
+    Args:
+      projectors: as for :func:`project_updates`, like all arguments.
+      specs: see there.
+      complement: see there; GPM projects on the complement.
+      others: see there.
+
+    Returns:
+      An optax link; place it first in the chain.
+
+    Raises:
+      ValueError: as :func:`project_updates`.
+
+    Examples:
+      >>> from jaxunlearn.subspace import eigenbasis, top_eigenspace
+      >>> spec = LayerSpec("head", (2, 1))
+      >>> P = top_eigenspace(eigenbasis(jnp.diag(jnp.array([1.0, 0.0]))), energy=1.0)
+      >>> gpm = project_gradients({"head": P}, {"head": spec}, complement=True)
+      >>> optimizer = optax.chain(gpm, optax.sgd(0.1, momentum=0.9))
+      >>> params = {"head": {"kernel": jnp.ones((2, 1))}}
+      >>> updates, _ = optimizer.update(params, optimizer.init(params))
+      >>> (updates["head"]["kernel"].ravel() * 10).tolist()
+      [-0.0, -1.0]
+    """
+    return project_updates(projectors, specs, complement=complement, others=others)
 
 
 def mask_updates(mask: optax.Params) -> optax.GradientTransformation:
@@ -133,8 +193,13 @@ def mask_updates(mask: optax.Params) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _name(tree_path: tuple) -> str:
-    return jax.tree_util.keystr(tree_path, simple=True, separator="/")
+def _is_hidden(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _under(name: str, hidden: set[str]) -> bool:
+    """Whether a leaf, or a subtree that it is in, is hidden."""
+    return any(name == top or name.startswith(f"{top}/") or not top for top in hidden)
 
 
 def _check_mask(tree_path: tuple, param: Any, mask: Any) -> None:
@@ -143,41 +208,6 @@ def _check_mask(tree_path: tuple, param: Any, mask: Any) -> None:
     trailing = wanted[len(wanted) - len(got) :]
     if len(got) > len(wanted) or any(m not in (1, n) for m, n in zip(got, trailing, strict=True)):
         raise ValueError(
-            f"mask of {_name(tree_path)!r} has shape {got}; wanted one that broadcasts to {wanted}"
-        )
-
-
-def _project(
-    spec: LayerSpec, projector: Projector, update: jax.Array, complement: bool
-) -> jax.Array:
-    K = kernel_as_matrix(spec, update.astype(jnp.promote_types(update.dtype, jnp.float32)))
-    projected = projector.complement(K) if complement else projector(K)
-    return matrix_as_kernel(spec, projected).astype(update.dtype)
-
-
-def _check_layer(spec: LayerSpec, projector: Projector, leaves: Mapping[str, Any]) -> None:
-    if spec.kernel_path not in leaves:
-        raise ValueError(
-            f"layer {spec.path!r} has a projector, but the parameters have no "
-            f"{spec.kernel_path!r}, only {sorted(leaves)}; pass the params collection, and specs "
-            "of the same model"
-        )
-    shape = tuple(leaves[spec.kernel_path].shape)
-    if shape != spec.kernel_shape:
-        raise ValueError(
-            f"kernel of layer {spec.path!r} has shape {shape}, its spec {spec.kernel_shape}; "
-            "describe the layers of the same model"
-        )
-    K = jax.ShapeDtypeStruct((*spec.gram_shape[:-1], spec.d_out), jnp.float32)
-    try:
-        projected = jax.eval_shape(lambda P, x: P(x), projector, K).shape
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"projector of layer {spec.path!r} does not apply to its kernel as a matrix "
-            f"{K.shape}: {error}"
-        ) from error
-    if projected != K.shape:
-        raise ValueError(
-            f"projector of layer {spec.path!r} makes {projected} of its kernel as a matrix "
-            f"{K.shape}; wanted the same shape: build it from the Gram of this layer"
+            f"mask of {path_name(tree_path)!r} has shape {got}; "
+            f"wanted one that broadcasts to {wanted}"
         )

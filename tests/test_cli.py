@@ -1,5 +1,6 @@
 """What a user of the command line sees: the table, or one message and nothing half made."""
 
+import functools
 import json
 import os
 import signal
@@ -136,8 +137,8 @@ def invoke(*arguments):
     return CliRunner().invoke(app, arguments)
 
 
-def process(*arguments, at=0, sent=0, script=MAIN):
-    environment = os.environ | {"AT": str(at), "SIGNAL": str(int(sent))}
+def process(*arguments, at=0, sent=0, script=MAIN, flags=os.environ["XLA_FLAGS"]):
+    environment = os.environ | {"AT": str(at), "SIGNAL": str(int(sent)), "XLA_FLAGS": flags}
     command = [sys.executable, "-c", script, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -267,6 +268,9 @@ BAD = [
     (["model.width=3"], "model 'mlp' has no option width: its options are features"),
     (["train.patience=3"], "train.patience = 3 needs validation data"),
     (["model.name=allcnn", "model.features=[3]"], "model 'allcnn' has no option features"),
+    (["--devices", "0"], "devices: got 0 (int), wanted"),
+    (["--devices", "-1"], "devices: got -1 (int), wanted"),
+    (["--devices", "1000"], "devices = 1000: there are 8 (cpu); virtual ones are made before JAX"),
     # The user's own network.
     (['model={factory = "no_nets:net"}'], "'no_nets:net': No module named 'no_nets'"),
     (['model={factory = "my_nets:liner"}'], "has no function 'liner'; did you mean 'linear'?"),
@@ -353,7 +357,8 @@ def test_help_names_commands_options_and_defaults():
     for command in ("run", "train", "unlearn", "evaluate", "methods"):
         assert command in text
     text = invoke("run", "--help").stdout
-    for option in ("--out", "--data-dir", "--weights", "--quiet", "config", "overrides"):
+    options = ("--out", "--data-dir", "--weights", "--devices", "--quiet")
+    for option in (*options, "config", "overrides"):
         assert option in text
     assert invoke().stdout.strip() == invoke("--help").stdout.strip()
 
@@ -370,10 +375,11 @@ def test_flags_go_into_the_config_as_they_are_written(monkeypatch):
 
     def run(config, *, until, console):
         seen.append((config.out, config.data.data_dir, config.train.weights, until))
+        assert config.devices == 3
 
     monkeypatch.setattr(experiment, "run", run)
     flags = ["--out", "o'\"\\u 1", "--data-dir", "~/ü", "--weights", "$HOME/w.npz"]
-    assert invoke("train", "toy.toml", *flags).exit_code == 0
+    assert invoke("train", "toy.toml", *flags, "--devices", "3").exit_code == 0
     assert seen == [("o'\"\\u 1", "~/ü", "$HOME/w.npz", "train")]
 
 
@@ -398,6 +404,19 @@ finally:
     assert ran.stderr == (
         "error: toy.toml:\n  train.epoch: unknown key; did you mean train.epochs?\n"
     )
+
+
+def test_virtual_devices_are_made_on_a_cpu_and_give_the_numbers_of_one(finished, place):
+    command = ["unlearn", "toy.toml", "--devices", "4", "--out", "runs/four"]
+    program = "from jaxunlearn.cli import main; main()"
+    ran = process(*command, "retrain.enabled=false", script=program, flags="")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    used = json.loads((place / "runs/four/environment.json").read_text())
+    assert used["devices"] == ["cpu"] * 4
+    for model in ("original", "unlearned"):
+        folders = (f"runs/{run}/checkpoints/{model}" for run in ("toy", "four"))
+        close = functools.partial(np.testing.assert_allclose, atol=1e-5)
+        jax.tree.map(close, *map(restored, folders))
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_numbers_of_an_undisturbed_one(finished, place):

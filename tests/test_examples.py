@@ -1,5 +1,6 @@
 """The examples run as they stand, and what they print is true."""
 
+import math
 import runpy
 from pathlib import Path
 
@@ -23,7 +24,8 @@ def printed(capsys):
 
 
 def test_no_example_goes_untested():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"own_model.py", "own_optimizer.py"}
+    tested = {"data_parallel.py", "own_model.py", "own_optimizer.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 
 def test_a_model_of_ones_own_forgets_the_class_and_keeps_the_others(printed):
@@ -45,3 +47,12 @@ def test_a_projection_at_the_end_of_the_chain_keeps_the_retained_outputs(printed
     assert change["projection last"] < 0.1
     assert change["adamw"] > 20 * change["projection last"]
     assert change["projection first"] > 20 * change["projection last"]
+
+
+def test_one_device_a_mesh_and_pmap_give_the_same_numbers(printed):
+    one, mesh, pmap = printed("data_parallel.py").values()
+    assert mesh == pytest.approx(one, rel=1e-4, abs=1e-5)
+    assert pmap == pytest.approx(one, rel=1e-4, abs=1e-5)
+    _, loss, change = one
+    assert loss < 0.7 * math.log(4), "it learns"
+    assert change < 0.01, "and the retained logits stay"

@@ -394,6 +394,33 @@ def test_data_may_move_and_evaluation_may_change_within_a_run(copy, monkeypatch)
         run(toy_config(copy, "unlearn.epochs=3"))
 
 
+def test_a_run_on_several_devices_gives_the_numbers_of_one(toy, tmp_path):
+    save_toy(tmp_path)
+    report, single = run(toy_config(tmp_path, "devices=3")), report_of(toy)
+    for name in MODELS:
+        assert report["models"][name]["counts"] == single["models"][name]["counts"]
+        assert report["models"][name]["mia"] == pytest.approx(single["models"][name]["mia"])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+            variables_of(tmp_path, name),
+            variables_of(toy, name),
+        )
+    losses = [r["method"]["info"]["losses"] for r in (report, single)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert report["config"]["devices"] == 3
+    assert report["environment"]["devices"] == ["cpu"] * 3
+    assert single["environment"]["devices"] == ["cpu"]
+
+
+def test_the_number_of_devices_may_change_within_a_run_and_the_report_says_so(copy, monkeypatch):
+    no_training(monkeypatch)
+    report = run(toy_config(copy, "devices=2"))
+    assert report["models"] == report_of(copy)["models"]
+    (note,) = report["notes"]
+    assert "Done earlier in another environment than this report's: train, retrain, unlearn" in note
+    assert "(different: devices" in note
+
+
 def test_another_unlearning_of_the_same_models_needs_only_that_stage_again(copy, monkeypatch):
     no_training(monkeypatch)
     before = report_of(copy)["models"]
@@ -413,8 +440,8 @@ def test_a_reference_may_come_later(given, tmp_path):
 
 
 def test_stages_of_another_environment_are_pointed_out(copy, monkeypatch):
-    environment = experiment.describe_environment() | {"backend": "gpu", "cpu_count": 1024}
-    monkeypatch.setattr(experiment, "describe_environment", lambda: environment)
+    environment = experiment.describe_environment(1) | {"backend": "gpu", "cpu_count": 1024}
+    monkeypatch.setattr(experiment, "describe_environment", lambda devices: environment)
     report = run(toy_config(copy))
     assert report["environment"] == environment | {"seed": 0}
     (note,) = report["notes"]

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxunlearn.projectors import Projector, SpectralProjector
 from jaxunlearn.subspace import (
-    Projector,
-    SpectralProjector,
     eigenbasis,
     importance,
     importance_solve,

@@ -9,22 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
-from jaxunlearn import training
+from jaxunlearn import steps, training
 from jaxunlearn.batches import Batches
-from jaxunlearn.training import (
-    TrainState,
-    accuracy,
-    cross_entropy,
-    epoch_inputs,
-    fit,
-    run_epoch,
-    sgd,
-    train_step,
-)
+from jaxunlearn.preprocessing import augmenter
+from jaxunlearn.sharding import data_mesh, replicate
+from jaxunlearn.steps import TrainState, cross_entropy, epoch_inputs, run_epoch, train_step
+from jaxunlearn.training import accuracy, fit, sgd
 
 N, BATCH, D, K = 10, 4, 5, 3
 LEARNING_RATE = 0.1
+
+
+def _norm(train, axis_name=None):
+    return nn.BatchNorm(use_running_average=not train, axis_name=axis_name if train else None)
 
 
 class Net(nn.Module):
@@ -32,11 +31,12 @@ class Net(nn.Module):
 
     dropout: float = 0.0
     norm: bool = False
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
         x = nn.Dense(6)(x)
-        x = nn.BatchNorm(use_running_average=not train)(x) if self.norm else x
+        x = _norm(train, self.axis_name)(x) if self.norm else x
         x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(x))
         return nn.Dense(K)(x)
 
@@ -149,7 +149,7 @@ def test_epoch_figures_are_means_over_examples_not_over_batches(monkeypatch, con
         state = TrainState({"steps": state.variables["steps"] + 1}, state.opt_state)
         return state, {"loss": total, "accuracy": 2 * total, "count": jnp.sum(mask)}
 
-    monkeypatch.setattr(training, "scan_epochs", lambda: scan)
+    monkeypatch.setattr(steps, "scan_epochs", lambda: scan)
     xs = epoch_inputs(jax.random.key(0), N, BATCH, 0)
     state, figures = run_epoch(step, consts, TrainState({"steps": jnp.array(0)}, ()), xs)
     mean = float(np.mean(consts["labels"]))
@@ -292,7 +292,7 @@ def _fit_with_scores(monkeypatch, data, variables, scores, **settings):
     """A run whose validation accuracies are prescribed, and the variables that were scored."""
     scored, prescribed = [], iter(scores)
 
-    def score(apply_fn, variables, batches):
+    def score(apply_fn, variables, batches, *, mesh):
         scored.append(variables)
         return next(prescribed)
 
@@ -354,7 +354,7 @@ def test_scan_and_loop_run_the_same_epoch(monkeypatch, model, variables, consts)
     xs = epoch_inputs(jax.random.key(0), N, BATCH, 1)
     runs = []
     for scan in (False, True):
-        monkeypatch.setattr(training, "scan_epochs", lambda scan=scan: scan)
+        monkeypatch.setattr(steps, "scan_epochs", lambda scan=scan: scan)
         runs.append(run_epoch(step, consts, _state(variables[model]), xs))
     _assert_close(*runs, atol=1e-5)
 
@@ -392,6 +392,161 @@ def test_a_pmapped_step_is_the_step_on_the_whole_batch(variables, consts):
         here = jax.tree.map(lambda leaf, i=device: leaf[i], (state, metrics))
         _assert_close(here, single, atol=1e-5)
         _assert_same_bits(here[0], jax.tree.map(lambda leaf: leaf[0], state))
+
+
+SPLIT, WHOLE = PartitionSpec("data"), PartitionSpec()
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("own", [Net(), Net(norm=True, axis_name="data")], ids=["plain", "norm"])
+def test_a_step_in_a_shard_map_is_the_step_on_the_whole_batch(own, check_vma, variables, consts):
+    """With the axis name, a norm layer too sees the whole batch."""
+    whole = {
+        "indices": np.arange(12, dtype=np.int32) % N,
+        "mask": np.arange(12) < 11,
+        "step": np.int32(0),
+    }
+    model = NORM if own.norm else PLAIN
+    step = jax.shard_map(
+        train_step(own.apply, OPTIMIZER, axis_name="data"),
+        mesh=data_mesh(4),
+        in_specs=(WHOLE, WHOLE, {"indices": SPLIT, "mask": SPLIT, "step": WHOLE}),
+        out_specs=WHOLE,
+        check_vma=check_vma,
+    )
+    over_devices = jax.jit(step)(consts, _state(variables[model]), whole)
+    _assert_close(over_devices, _jitted(model)(consts, _state(variables[model]), whole), atol=1e-5)
+
+
+def test_without_the_axis_name_a_norm_layer_sees_one_device_s_rows(data, variables, consts):
+    """What the docstring of the step warns of."""
+    x = {"indices": np.arange(8, dtype=np.int32), "mask": np.ones(8, bool), "step": np.int32(0)}
+    step = jax.shard_map(
+        train_step(NORM.apply, OPTIMIZER, axis_name="data"),
+        mesh=data_mesh(2),
+        in_specs=(WHOLE, WHOLE, {"indices": SPLIT, "mask": SPLIT, "step": WHOLE}),
+        out_specs=WHOLE,
+    )
+    state, _ = jax.jit(step)(consts, _state(variables[NORM]), x)
+    dense = variables[NORM]["params"]["Dense_0"]
+    read = (data.inputs[:8] @ dense["kernel"] + dense["bias"][None]).reshape(2, 4, -1)
+    found = state.variables["batch_stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(found["mean"], 0.01 * read.mean((0, 1)), atol=1e-6)
+    np.testing.assert_allclose(found["var"], 0.99 + 0.01 * read.var(1).mean(0), atol=1e-6)
+    assert np.abs(read.var(1).mean(0) - read.var((0, 1))).max() > 0.01
+
+
+class ConvNet(nn.Module):
+    """What splitting a batch could change: batch statistics, dropout, convolutions."""
+
+    @nn.compact
+    def __call__(self, x, *, train: bool = False):
+        x = nn.relu(_norm(train)(nn.Conv(4, (3, 3), strides=2)(x)))
+        x = nn.Dropout(0.5, deterministic=not train)(x.reshape(len(x), -1))
+        return nn.Dense(K)(x)
+
+
+CONV, AUGMENT = ConvNet(), augmenter(crop=1, flip=True)
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Thirteen images, and variables of the net for them."""
+    inputs = jax.random.normal(jax.random.key(0), (13, 4, 4, 2))
+    variables = jax.jit(CONV.init)(jax.random.key(1), inputs)
+    return Batches(inputs, jnp.arange(13) % K, 6), variables
+
+
+def _fit_images(images, devices, epochs=2, **settings):
+    data, variables = images
+    mesh = None if devices is None else data_mesh(devices)
+    return fit(
+        jax.random.key(0),
+        CONV.apply,
+        variables,
+        data,
+        optimizer=OPTIMIZER,
+        epochs=epochs,
+        augment=AUGMENT,
+        validation=data,
+        mesh=mesh,
+        **settings,
+    )
+
+
+def _assert_same_run(one, other):
+    _assert_close(one.variables, other.variables, atol=1e-5)
+    names = ("epoch", "loss", "accuracy", "validation")
+    for rows in zip(one.history, other.history, strict=True):
+        a, b = ([row[name] for name in names] for row in rows)
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one_device_run(images):
+    return _fit_images(images, None)
+
+
+@pytest.mark.parametrize(("devices", "scan"), [(3, False), (4, False), (4, True)])
+def test_a_run_on_a_mesh_is_that_of_one_device(images, one_device_run, devices, scan, monkeypatch):
+    """Batches of 6, of which the last has one example: 3 devices divide it, 4 do not."""
+    monkeypatch.setattr(steps, "scan_epochs", lambda: scan)
+    run = _fit_images(images, devices)
+    _assert_same_run(run, one_device_run)
+    for leaf in jax.tree.leaves(run.variables):
+        assert leaf.devices() == {jax.devices()[0]}
+
+
+def test_a_run_that_was_killed_goes_on_with_another_number_of_devices(
+    images, one_device_run, tmp_path
+):
+    options = {"state_dir": tmp_path, "save_every": 0.0}
+
+    class Killed(Exception):
+        pass
+
+    def kill(figures):
+        if figures["epoch"] == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        _fit_images(images, 3, on_epoch=kill, **options)
+    seen = []
+    repeated = _fit_images(images, 4, on_epoch=seen.append, **options)
+    assert [row["epoch"] for row in seen] == [2]
+    _assert_same_run(repeated, one_device_run)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_each_device_works_on_its_rows_and_keeps_the_whole_state(
+    monkeypatch, scan, variables, consts
+):
+    """One compilation for all steps and epochs; state that came back is not copied again."""
+    monkeypatch.setattr(steps, "scan_epochs", lambda: scan)
+    mesh, held, traces = data_mesh(2), [], []
+
+    def look(key, inputs):
+        traces.append(inputs.shape)
+        jax.debug.inspect_array_sharding(inputs, callback=held.append)
+        return inputs
+
+    step = train_step(PLAIN.apply, OPTIMIZER, augment=look)
+    state, consts = replicate(mesh, (_state(variables[PLAIN]), consts))
+    for epoch in range(2):
+        xs = epoch_inputs(jax.random.key(0), N, BATCH, epoch)
+        state, _ = run_epoch(step, consts, state, xs, mesh=mesh)
+    assert traces == [(BATCH, D)]
+    assert {sharding.shard_shape((BATCH, D)) for sharding in held} == {(BATCH // 2, D)}
+    for leaf in jax.tree.leaves(state):
+        assert leaf.sharding.is_fully_replicated
+        assert leaf.sharding.device_set == set(mesh.devices)
+
+
+@pytest.mark.parametrize("devices", [3, 4])
+def test_accuracy_over_a_mesh_counts_every_example_once(data, variables, devices):
+    mesh = data_mesh(devices)
+    single = accuracy(PLAIN.apply, variables[PLAIN], data)
+    assert accuracy(PLAIN.apply, variables[PLAIN], data, mesh=mesh) == single
 
 
 def test_an_epoch_reads_every_example_once_in_an_order_of_its_own():

@@ -10,11 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from jaxunlearn.capture import describe_layers
-from jaxunlearn.checkpoint import restore_variables, save_variables
-from jaxunlearn.layers import LayerSpec
+from jaxunlearn.capture import describe_layers, layer_inputs
+from jaxunlearn.checkpoint import restore_latest, restore_variables, save_state, save_variables
+from jaxunlearn.gram import accumulate_gram
+from jaxunlearn.layers import LayerSpec, leaves_by_path
+from jaxunlearn.projectors import SpectralProjector
 from jaxunlearn.subspace import (
-    SpectralProjector,
     eigenbasis,
     importance,
     importance_solve,
@@ -22,7 +23,12 @@ from jaxunlearn.subspace import (
     top_eigenspace,
     truncate,
 )
-from jaxunlearn.transforms import MaskUpdatesState, mask_updates, project_updates
+from jaxunlearn.transforms import (
+    MaskUpdatesState,
+    mask_updates,
+    project_gradients,
+    project_updates,
+)
 
 D_IN, D_OUT = 6, 3
 HEAD = LayerSpec("block/head", (D_IN, D_OUT))
@@ -370,3 +376,282 @@ def test_a_mask_larger_than_its_parameter_is_refused(head, shape):
     mask = {"block": {"head": {"kernel": jnp.ones(()), "bias": jnp.ones(shape)}}}
     with pytest.raises(ValueError, match=r"'block/head/bias' has shape .*broadcasts to \(3,\)"):
         mask_updates(mask).init(params)
+
+
+RETAINED = 2  # examples whose outputs shall stay; few, so that no layer's inputs span its space
+
+
+class Cross(nn.Module):
+    """Self and cross attention, an embedding, norms, a dense layer of two input axes."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = x + nn.Embed(3, 12, name="position")(jnp.arange(3))[None]
+        y = nn.MultiHeadDotProductAttention(num_heads=2, name="self")(nn.LayerNorm()(x))
+        y = nn.MultiHeadDotProductAttention(num_heads=3, name="cross")(y, x)
+        return nn.DenseGeneral((2, 2), axis=(-2, -1), name="out")(nn.RMSNorm()(y))
+
+
+class Convolutions(nn.Module):
+    """Convolutions over one, two and three axes, one of them grouped and strided."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.relu(nn.Conv(4, (3,), name="one")(x.reshape(-1, 4, 9)))
+        y = nn.Conv(6, (3, 3), strides=2, feature_group_count=2, name="two")(y.reshape(-1, 4, 2, 2))
+        y = nn.Conv(3, (2, 2, 2), name="three")(nn.relu(y).reshape(-1, 2, 1, 1, 6))
+        return nn.Dense(2, name="out")(y.reshape(len(x), -1))
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(12, name="out")(nn.relu(nn.Dense(9, name="in")(x))), None
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        blocks = nn.scan(
+            Block,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            length=3,
+        )
+        x, _ = blocks(name="blocks")(x[:, 0], None)
+        return nn.Dense(2, name="out")(x)
+
+
+@pytest.mark.parametrize("kind", ["top eigenspace", "truncated null space"])
+@pytest.mark.parametrize(
+    "net", [Cross(), Convolutions(), Scanned()], ids=lambda m: type(m).__name__
+)
+def test_outputs_on_protected_data_stay_whatever_the_layers_are(net, kind):
+    x = jax.random.normal(jax.random.key(0), (2 * RETAINED, 3, 12))
+    shapes = jax.eval_shape(net.init, jax.random.key(1), x)
+    params = jax.tree.map(lambda leaf: 0.3 * leaf, _random_like(shapes["params"], 0))
+    specs = describe_layers(net.apply, {"params": params}, x)
+    assert len(specs) >= 3
+    batch = {"inputs": x, "mask": jnp.arange(2 * RETAINED) < RETAINED}
+    grams = accumulate_gram(layer_inputs(net.apply, specs), {"params": params}, [batch])
+    bases = {path: eigenbasis(state.gram) for path, state in grams.items()}
+    if kind == "top eigenspace":
+        projectors = {path: top_eigenspace(b, energy=1 - 1e-6) for path, b in bases.items()}
+    else:
+        projectors = {path: truncate(null_space(b, energy=1 - 1e-6)) for path, b in bases.items()}
+    link = project_updates(projectors, specs, complement=kind == "top eigenspace")
+    updates, _ = link.update(_random_like(params, 1), link.init(params))
+    for name, update in leaves_by_path(updates).items():
+        assert bool(jnp.abs(update).max() > 0.1) == name.endswith("kernel"), name
+    after, before = (
+        net.apply({"params": p}, x) for p in (optax.apply_updates(params, updates), params)
+    )
+    moved = jnp.abs(after - before).reshape(2 * RETAINED, -1).max(1)
+    # The energy leaves out a thousandth of the inputs' size, which every layer may multiply.
+    assert moved[:RETAINED].max() < 0.02 * moved[RETAINED:].min()
+
+
+@pytest.mark.parametrize("kind", PROJECTORS)
+def test_a_stack_of_kernels_is_projected_layer_by_layer(kind):
+    stack = LayerSpec("blocks", (3, D_IN, D_OUT), stack=(3,))
+    grams = [_gram(HEAD, seed) for seed in range(3)]
+    params = {"blocks": {"kernel": jnp.ones((3, D_IN, D_OUT))}}
+    updates = _random_like(params, 4)
+    link = project_updates({"blocks": PROJECTORS[kind](jnp.stack(grams))}, {"blocks": stack})
+    projected, _ = link.update(updates, link.init(params))
+    for i, gram in enumerate(grams):
+        expected = PROJECTORS[kind](gram).dense() @ updates["blocks"]["kernel"][i]
+        np.testing.assert_allclose(projected["blocks"]["kernel"][i], expected, atol=1e-5)
+
+
+def test_the_projector_of_one_layer_is_refused_for_a_stack(head):
+    stack = LayerSpec("blocks", (3, D_IN, D_OUT), stack=(3,))
+    params = {"blocks": {"kernel": jnp.ones((3, D_IN, D_OUT))}}
+    batched = jnp.broadcast_to(jnp.eye(D_IN), (2, D_IN, D_IN))
+    two = top_eigenspace(eigenbasis(batched), energy=0.5)
+    with pytest.raises(ValueError, match=r"'blocks' does not apply .* matrix\s+\(3, 6, 3\)"):
+        project_updates({"blocks": two}, {"blocks": stack}).init(params)
+
+
+LAST = {
+    "momentum": optax.sgd(0.1, momentum=0.9),
+    "adam": optax.adam(0.1),
+    "adamw": optax.adamw(0.1, weight_decay=0.1),
+    "clipped": optax.chain(optax.clip(0.1), optax.sgd(1.0)),
+}
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_the_whole_change_of_a_kernel_lies_in_the_null_space(head, name):
+    _, params, _ = head
+    X = jnp.asarray(np.random.default_rng(0).normal(size=(2, D_IN)), jnp.float32)
+    projector = top_eigenspace(eigenbasis(X.T @ X), energy=1 - 1e-6)
+    link = project_updates({HEAD.path: projector}, {HEAD.path: HEAD}, complement=True)
+
+    def felt(optimizer):
+        """Share of a kernel's change over ten steps that the rows ``X`` feel."""
+        step = jax.jit(optimizer.update)
+        after, state = params, optimizer.init(params)
+        for seed in range(10):
+            updates, state = step(_random_like(params, seed), state, after)
+            after = optax.apply_updates(after, updates)
+        change = _kernel(after) - _kernel(params)
+        return float(jnp.linalg.norm(X @ change) / jnp.linalg.norm(change))
+
+    assert felt(optax.chain(LAST[name], link)) < 1e-5
+    gpm = project_gradients({HEAD.path: projector}, {HEAD.path: HEAD}, complement=True)
+    leak = felt(optax.chain(gpm, LAST[name]))
+    assert leak < 1e-5 if name == "momentum" else leak > 0.01
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_projected_gradients_and_projected_updates_agree_for_sgd_with_momentum(head, nesterov):
+    projector, params, _ = head
+    links = [
+        make({HEAD.path: projector}, {HEAD.path: HEAD}, complement=True)
+        for make in (project_gradients, project_updates)
+    ]
+    sgd = optax.sgd(optax.linear_schedule(0.1, 0.01, 5), momentum=0.9, nesterov=nesterov)
+    first, last = optax.chain(links[0], sgd), optax.chain(sgd, links[1])
+    states = first.init(params), last.init(params)
+    for seed in range(4):
+        gradients = _random_like(params, seed)
+        a, b = (link.update(gradients, s) for link, s in zip((first, last), states, strict=True))
+        chex.assert_trees_all_close(a[0], b[0], atol=1e-6)
+        states = a[1], b[1]
+
+
+TWO = {name: LayerSpec(f"{name}/head", (D_IN, D_OUT)) for name in ("left", "right")}
+
+
+@pytest.fixture(scope="module")
+def two():
+    """Two layers of one shape: specs and projectors by path, parameters, updates."""
+    specs = {spec.path: spec for spec in TWO.values()}
+    projectors = {
+        path: top_eigenspace(eigenbasis(_gram(HEAD, seed)), energy=0.9)
+        for seed, path in enumerate(specs)
+    }
+    layer = {"kernel": jnp.ones((D_IN, D_OUT)), "bias": jnp.ones(D_OUT)}
+    params = {name: {"head": layer} for name in TWO}
+    return specs, projectors, params, _random_like(params, 7)
+
+
+def _assert_projected(updates, given, projectors, *names):
+    for name in names:
+        expected = projectors[f"{name}/head"].dense() @ given[name]["head"]["kernel"]
+        np.testing.assert_allclose(updates[name]["head"]["kernel"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"left": {"head": {"kernel": True, "bias": True}}, "right": {"head": False}},
+        {"left": True, "right": {"head": {"kernel": False, "bias": True}}},
+        {"left": True, "right": False},
+    ],
+    ids=["subtree", "leaf", "top"],
+)
+def test_a_kernel_that_a_mask_hides_is_skipped(two, mask):
+    specs, projectors, params, given = two
+    link = optax.masked(project_updates(projectors, specs), mask)
+    state = link.init(params)
+    assert state.inner_state.projectors.keys() == {"left/head"}
+    updates, _ = jax.jit(link.update)(given, state)
+    _assert_projected(updates, given, projectors, "left")
+    hidden = given["right"]["head"]["kernel"]
+    np.testing.assert_array_equal(updates["right"]["head"]["kernel"], hidden)
+
+
+def test_groups_of_a_partition_share_their_projectors(two):
+    specs, projectors, params, given = two
+    link = project_updates(projectors, specs)
+    groups = {"slow": optax.chain(optax.sgd(0.1), link), "fast": optax.chain(optax.sgd(1.0), link)}
+    optimizer = optax.partition(groups, {"left": "slow", "right": "fast"})
+    state = optimizer.init(params)
+    updates, _ = jax.jit(optimizer.update)(given, state, params)
+    scaled = {
+        name: jax.tree.map(lambda leaf, f=f: -f * leaf, given[name])
+        for name, f in (("left", 0.1), ("right", 1.0))
+    }
+    _assert_projected(updates, scaled, projectors, "left", "right")
+    assert not updates["left"]["head"]["bias"].any()
+
+
+def test_a_kernel_that_is_missing_and_not_hidden_is_an_error_under_a_mask(two):
+    specs, projectors, params, _ = two
+    link = optax.masked(project_updates(projectors, specs), {"left": True})
+    with pytest.raises(ValueError, match="layer 'right/head' has a projector, but the parameters"):
+        link.init({"left": params["left"]})
+
+
+def test_parameter_sets_are_vmapped_with_shared_projectors(head):
+    projector, params, updates = head
+    link = project_updates({HEAD.path: projector}, {HEAD.path: HEAD})
+    several = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), updates)
+    state = link.init(params)
+    together, kept = jax.vmap(link.update, in_axes=(0, None), out_axes=(0, None))(several, state)
+    chex.assert_trees_all_equal(kept, state)
+    alone = projector.dense() @ _kernel(updates)
+    np.testing.assert_allclose(_kernel(together), jnp.stack([alone, 2 * alone]), atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["pmap", "shard_map"])
+def test_updates_are_projected_on_every_device(head, how):
+    projector, params, updates = head
+    optimizer = optax.chain(
+        optax.sgd(1.0), project_updates({HEAD.path: projector}, {HEAD.path: HEAD})
+    )
+    state = optimizer.init(params)
+
+    def step(scale, updates, state):
+        gradients = jax.lax.pmean(jax.tree.map(lambda leaf: scale * leaf, updates), "data")
+        return optimizer.update(gradients, state)[0]
+
+    scales = jnp.arange(4.0)
+    if how == "pmap":
+        mapped = jax.pmap(step, "data", in_axes=(0, None, None), devices=jax.devices()[:4])
+        result = jax.tree.map(lambda leaf: leaf[3], mapped(scales, updates, state))
+    else:
+        mesh = jax.make_mesh(
+            (4,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4]
+        )
+        split, whole = jax.P("data"), jax.P()
+        mapped = jax.shard_map(
+            lambda s, u, state: step(s[0], u, state),
+            mesh=mesh,
+            in_specs=(split, whole, whole),
+            out_specs=whole,
+        )
+        result = jax.jit(mapped)(scales, updates, state)
+    expected = -1.5 * projector.dense() @ _kernel(updates)
+    np.testing.assert_allclose(_kernel(result), expected, atol=1e-5)
+
+
+def test_hyperparameters_may_be_injected_around_the_link(head):
+    projector, params, updates = head
+    link = project_updates({HEAD.path: projector}, {HEAD.path: HEAD})
+    make = optax.inject_hyperparams(lambda rate: optax.chain(optax.sgd(rate), link))
+    optimizer = make(rate=1.0)
+    state = optimizer.init(params)
+    state.hyperparams["rate"] = jnp.asarray(0.5)
+    steps, _ = jax.jit(optimizer.update)(updates, state, params)
+    np.testing.assert_allclose(
+        _kernel(steps), -0.5 * projector.dense() @ _kernel(updates), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", ["truncated", "solve"])
+def test_an_interrupted_run_goes_on_from_its_saved_state(head, kind, tmp_path):
+    _, params, _ = head
+    link = project_updates({HEAD.path: PROJECTORS[kind](_gram(HEAD))}, {HEAD.path: HEAD})
+    optimizer = optax.chain(optax.adam(0.1), link)
+    step = jax.jit(optimizer.update)
+    _, state = step(_random_like(params, 0), optimizer.init(params), params)
+    save_state(tmp_path, 1, state)
+    blank = jax.tree.map(jnp.zeros_like, state)
+    number, restored = restore_latest(tmp_path, blank)
+    assert number == 1
+    chex.assert_trees_all_equal(restored, state)
+    gradients = _random_like(params, 1)
+    chex.assert_trees_all_equal(step(gradients, restored, params), step(gradients, state, params))

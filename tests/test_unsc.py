@@ -9,18 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from sklearn.datasets import load_digits
 from threadpoolctl import threadpool_limits
 
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import describe_layers, layer_inputs
 from jaxunlearn.gram import GramState, accumulate_gram, init_gram
-from jaxunlearn.layers import LayerSpec, inputs_as_rows, kernel_as_matrix
+from jaxunlearn.layers import LayerSpec, inputs_as_rows, kernel_as_matrix, leaves_by_path
 from jaxunlearn.methods import UnlearningProblem, UNSCConfig, unsc
 from jaxunlearn.methods.labels import pseudo_labels
 from jaxunlearn.methods.subspaces import retained_spaces
 from jaxunlearn.methods.unsc import class_grams
 from jaxunlearn.models import MLP
+from jaxunlearn.nnx_models import nnx_model
+from jaxunlearn.sharding import data_mesh
+from jaxunlearn.taps import tapped
 from jaxunlearn.training import fit, sgd
 
 K = 4
@@ -167,6 +171,22 @@ def assert_close(a, b, atol):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
 
 
+def test_on_several_devices_the_result_is_that_of_one(problem):
+    """Class Grams, labels of augmented views, dropout, projected steps; batches of 4 on 3."""
+    views = lambda key, x: x + 0.1 * jax.random.normal(key, x.shape)  # noqa: E731
+    noisy = dataclasses.replace(problem, augment=views)
+    random = {"momentum": 0.9, "dropout": True, "learning_rate": 0.01}
+    single = run(noisy, **random)
+    shared = run(dataclasses.replace(noisy, mesh=data_mesh(3)), **random)
+    assert_close(shared.variables, single.variables, atol=1e-5)
+    for figure in ("losses", "forget_accuracy"):
+        np.testing.assert_allclose(shared.info[figure], single.info[figure], atol=1e-5)
+    for path in LAYERS:
+        assert shared.info["layers"][path]["rank"] == single.info["layers"][path]["rank"]
+    for leaf in jax.tree.leaves(shared.variables):
+        assert leaf.devices() == {jax.devices()[0]}
+
+
 # --- the projection ------------------------------------------------------------------------------
 
 
@@ -246,6 +266,44 @@ def test_everything_but_kernels_keeps_its_bits(problem, long_runs, unprojected):
         for path, leaf in jax.tree.leaves_with_path(after.variables):
             name = jax.tree_util.keystr(path)
             assert (leaf != before[name]).any() == (name in kernels), name
+
+
+LISTED = {
+    name: LayerSpec(name, shape, kernel=kernel)
+    for name, shape, kernel in (("first", (128, 6), "layers/0/w"), ("last", (6, K), "layers/1/w"))
+}
+
+
+def listed(params, x, tap):
+    """Layers in a list; the kernels in boxes, as linen's partitioning metadata puts them."""
+    x = x.reshape(len(x), -1)
+    for name, layer in zip(LISTED, params["layers"], strict=True):
+        x = jnp.tanh(tap(name, x)) @ nn.unbox(layer["w"]) + layer["b"][None]
+    return x
+
+
+@pytest.mark.parametrize("project", [True, False])
+def test_kernels_are_found_in_lists_and_in_boxes(problem, project):
+    rng = np.random.default_rng(0)
+    layers = [
+        {
+            "w": nn.Partitioned(jnp.asarray(0.1 * rng.normal(size=s.kernel_shape), float), (None,)),
+            "b": jnp.zeros(s.d_out),
+        }
+        for s in LISTED.values()
+    ]
+    variables = {"params": {"layers": layers}}
+    request = dataclasses.replace(problem, apply_fn=tapped(listed, LISTED), variables=variables)
+    after = run(request, project=project, batch_size=10)
+    assert list(after.info["layers"]) == list(LISTED) * project
+    before, moved = leaves_by_path(variables), leaves_by_path(after.variables)
+    changed = {name for name, leaf in moved.items() if (leaf != before[name]).any()}
+    assert changed == {f"params/{spec.kernel_path}" for spec in LISTED.values()}
+    for path, figures in after.info["layers"].items():
+        name = f"params/{LISTED[path].kernel_path}"
+        assert figures["leak"] < 1e-5
+        assert figures["drift"] > 0
+        assert moved[name].shape == LISTED[path].kernel_shape
 
 
 def test_learning_rate_zero_returns_the_original_bits(still, problem):
@@ -683,6 +741,34 @@ def test_problems_that_do_not_fit_the_settings_are_refused(problem):
     refused(problem, message, settings={"images_per_layer": (1, 1)})
     few = {"dense": GramState(jnp.eye(48), jnp.int32(3)), "head": init_gram(LayerSpec("", (2, 2)))}
     refused(problem, r"the Grams of class 0 lack layers \['conv', 'head'\]", grams={0: few})
+
+
+def tapped_model():
+    weights = {"w": jnp.zeros((128, K))}
+    head = {"head": LayerSpec("head", (128, K), kernel="w")}
+    return tapped(lambda p, x, tap: tap("head", x.reshape(len(x), -1)) @ p["w"], head), weights
+
+
+def nnx_dropout_model():
+    flatten = lambda x: x.reshape(len(x), -1)  # noqa: E731
+    layers = nnx.Dropout(0.5, rngs=nnx.Rngs(0)), nnx.Linear(128, K, rngs=nnx.Rngs(1))
+    apply_fn, variables = nnx_model(nnx.Sequential(flatten, *layers))
+    return apply_fn, variables["params"]
+
+
+def linen_model():
+    model = nn.Sequential([lambda x: x.reshape(len(x), -1), nn.Dense(K)])
+    return model.apply, draw_variables(model, np.ones((1, 8, 8, 2)), np.random.default_rng())[
+        "params"
+    ]
+
+
+@pytest.mark.parametrize("model", [tapped_model, nnx_dropout_model, linen_model])
+def test_dropout_that_would_silently_stay_off_is_refused(problem, model):
+    apply_fn, params = model()
+    changes = {"apply_fn": apply_fn, "variables": {"params": params}}
+    message = r"dropout = True, but the model calls no nn.Dropout layer, .* set dropout = False"
+    refused(problem, message, settings={"dropout": True}, **changes)
 
 
 def test_a_diverging_run_is_an_error(stored):

@@ -13,12 +13,13 @@ import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import ApplyFn
 from jaxunlearn.gram import GramState
-from jaxunlearn.training import Augment
+from jaxunlearn.steps import Augment
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,8 @@ class UnlearningProblem:
       augment: training-time augmentation ``(key, inputs) -> inputs``.
       grams: ``{class: {path: GramState}}`` of the retain data; methods that get them never touch
         ``retain``.
+      mesh: devices over which a method splits its batches; None for one. Variables and data lie on
+        one device all the same, and so does the result.
     """
 
     apply_fn: ApplyFn
@@ -46,6 +49,7 @@ class UnlearningProblem:
     forget_classes: tuple[int, ...] = ()
     augment: Augment | None = None
     grams: Mapping[int, Mapping[str, GramState]] | None = None
+    mesh: Mesh | None = None
 
     @property
     def scope(self) -> str:

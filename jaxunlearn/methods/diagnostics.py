@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxunlearn.layers import LayerSpec, kernel_as_matrix
+from jaxunlearn.layers import LayerSpec, kernel_as_matrix, leaves_by_path
+from jaxunlearn.linalg import HIGHEST
 from jaxunlearn.methods.subspaces import RetainedSpace
-from jaxunlearn.subspace import HIGHEST
 
 
 def projection_figures(
@@ -49,14 +49,14 @@ def projection_figures(
 def _measure(
     specs: tuple[LayerSpec, ...], spaces: Mapping[str, RetainedSpace], before: Any, after: Any
 ) -> dict[str, dict[str, Float[Array, ""]]]:
-    return {
-        spec.path: _measure_layer(
-            spaces[spec.path],
-            kernel_as_matrix(spec, _kernel(spec, before)),
-            kernel_as_matrix(spec, _kernel(spec, after)),
+    figures = {}
+    for spec in specs:
+        K, K_u = (
+            kernel_as_matrix(spec, leaves_by_path(params)[spec.kernel_path])
+            for params in (before, after)
         )
-        for spec in specs
-    }
+        figures[spec.path] = _measure_layer(spaces[spec.path], K, K_u)
+    return figures
 
 
 def _measure_layer(
@@ -71,12 +71,6 @@ def _measure_layer(
         "leak": _ratio(jnp.linalg.norm(protected), jnp.linalg.norm(change)),
         "drift": _ratio(_quadratic(space.gram, change), _quadratic(space.gram, K)) ** 0.5,
     }
-
-
-def _kernel(spec: LayerSpec, params: Any) -> Array:
-    for name in spec.kernel_path.split("/"):
-        params = params[name]
-    return params
 
 
 def _quadratic(G: Float[Array, "*lead d d"], K: Float[Array, "*lead d m"]) -> Float[Array, ""]:

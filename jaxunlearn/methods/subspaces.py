@@ -21,14 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxunlearn.linalg import RankRule
-from jaxunlearn.subspace import (
-    HIGHEST,
-    SpectralProjector,
-    eigenbasis,
-    top_eigenspace,
-    truncate,
-)
+from jaxunlearn.linalg import HIGHEST, RankRule
+from jaxunlearn.projectors import SpectralProjector
+from jaxunlearn.subspace import Solver, eigenbasis, leading_space, truncate
 
 Builder = Literal["concat", "gpm", "pooled"]
 Grams = dict[str, Array]
@@ -49,10 +44,12 @@ def retained_spaces(
     energy: Callable[[int], float],
     merge_energy: float,
     rule: RankRule = "reach",
+    solver: Solver = "auto",
 ) -> dict[str, RetainedSpace]:
     """Fold the classes' Grams of every layer into projectors.
 
-    Cost per layer: ``9 d³`` flops for each class and once more at the end (``pooled``: once).
+    Cost per layer: one :func:`jaxunlearn.subspace.leading_space` for each class and once more at
+    the end (``pooled``: once), at most ``9 d³`` flops each.
 
     Args:
       class_grams: ``(class, {path: Gram [..., d, d]})`` in increasing order of class.
@@ -60,6 +57,8 @@ def retained_spaces(
       energy: share of the trace to keep, by class (``pooled``: that of the first class is used).
       merge_energy: share kept when ``concat`` puts the classes together.
       rule: how a share becomes a rank, see :func:`jaxunlearn.linalg.energy_mask`.
+      solver: of ``concat`` and ``pooled``, see :func:`jaxunlearn.subspace.leading_space`; ``gpm``
+        needs all eigenvectors.
 
     Returns:
       ``{path: RetainedSpace}``, the projectors stored by their thinner side.
@@ -69,6 +68,7 @@ def retained_spaces(
     """
     if builder not in get_args(Builder):
         raise ValueError(f"unknown builder {builder!r}; write one of {get_args(Builder)}")
+    leading = partial(leading_space, rule=rule, solver=solver)
     memory: Grams = {}
     totals: Grams = {}
     final_energy = merge_energy
@@ -78,7 +78,7 @@ def retained_spaces(
         for path, G in grams.items():
             M = memory.get(path, jnp.asarray(np.zeros(G.shape, G.dtype)))
             if builder == "concat":
-                memory[path] = _add_projector(M, _leading(G, energy(k), rule))
+                memory[path] = _add_projector(M, leading(G, energy=energy(k)))
             elif builder == "gpm":
                 # Only the first class falls one direction short, in the reference code too.
                 memory[path] = _append(M, G, energy(k), first and rule == "below")
@@ -88,7 +88,7 @@ def retained_spaces(
         raise ValueError("there is no class to retain: no class Gram was given")
     return {
         path: RetainedSpace(
-            truncate(_span(M) if builder == "gpm" else _leading(M, final_energy, rule)),
+            truncate(_span(M) if builder == "gpm" else leading(M, energy=final_energy)),
             totals[path],
         )
         for path, M in memory.items()
@@ -98,11 +98,6 @@ def retained_spaces(
 @jax.jit
 def _sum(a: Grams, b: Grams) -> Grams:
     return jax.tree.map(jnp.add, a, b)
-
-
-@partial(jax.jit, static_argnums=2)
-def _leading(G: Array, energy: Share, rule: RankRule) -> SpectralProjector:
-    return top_eigenspace(eigenbasis(G), energy=energy, rule=rule)
 
 
 @jax.jit

@@ -27,21 +27,16 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import ApplyFn, describe_layers, layer_inputs
 from jaxunlearn.gram import accumulate_gram
-from jaxunlearn.layers import LayerSpec
+from jaxunlearn.layers import LayerSpec, path_name
 from jaxunlearn.methods.base import Unlearned, UnlearningProblem, all_finite, check_problem
 from jaxunlearn.methods.diagnostics import projection_figures
 from jaxunlearn.methods.labels import excluded_classes, pseudo_label, pseudo_labels, random_label
 from jaxunlearn.methods.subspaces import Grams, RetainedSpace, retained_spaces
 from jaxunlearn.methods.unsc_config import UNSCConfig
-from jaxunlearn.subspace import SpectralProjector
-from jaxunlearn.training import (
-    Relabel,
-    TrainState,
-    accuracy,
-    epoch_inputs,
-    run_epoch,
-    train_step,
-)
+from jaxunlearn.projectors import SpectralProjector
+from jaxunlearn.sharding import replicate, unreplicate
+from jaxunlearn.steps import Relabel, TrainState, epoch_inputs, run_epoch, train_step
+from jaxunlearn.training import accuracy
 from jaxunlearn.transforms import mask_updates, project_updates
 
 NEEDS = frozenset({"forget", "retain"})
@@ -69,7 +64,8 @@ def unsc(
       epoch ``losses`` and ``forget_accuracy``; ``pseudo_labels [n]``; ``steps``.
 
     Raises:
-      ValueError: see :func:`jaxunlearn.methods.base.check_problem`.
+      ValueError: see :func:`jaxunlearn.methods.base.check_problem`; settings that do not fit the
+        model: ``dropout`` without an ``nn.Dropout``, one energy or number of images too few.
       FloatingPointError: the loss or a weight is no longer finite.
     """
     config = config or UNSCConfig()
@@ -79,6 +75,8 @@ def unsc(
             f"energy has {len(config.energy)} entries for {problem.num_classes} classes; write one "
             "per class, or one number"
         )
+    if config.dropout:
+        _check_dropout(problem)
     specs = describe_layers(problem.apply_fn, problem.variables, problem.forget.inputs[:1])
     collect_key, order_key, step_key = jax.random.split(key, 3)
     spaces: dict[str, RetainedSpace] = {}
@@ -89,6 +87,7 @@ def unsc(
             energy=config.class_energy,
             merge_energy=config.merge_energy,
             rule=config.rank_rule,
+            solver=config.solver,
         )
     projectors = {path: space.projector for path, space in spaces.items()}
     optimizer = optax.chain(_base_optimizer(config), _restrict(problem, specs, projectors))
@@ -150,7 +149,11 @@ def class_grams(
         for count, reader in readers.items():
             first = images.select(np.arange(min(count or images.num_examples, images.num_examples)))
             states = accumulate_gram(
-                reader, problem.variables, first.with_batch_size(size), patches=config.patches
+                reader,
+                problem.variables,
+                first.with_batch_size(size),
+                patches=config.patches,
+                mesh=problem.mesh,
             )
             grams |= {path: state.gram for path, state in states.items()}
         yield k, {path: grams[path] for path in specs}
@@ -179,8 +182,7 @@ def _restrict(
     kernels = {spec.kernel_path for spec in specs.values()}
 
     def keep(path: tuple, leaf: Array) -> Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return jnp.asarray(name in kernels, leaf.dtype)
+        return jnp.asarray(path_name(path) in kernels, leaf.dtype)
 
     return mask_updates(jax.tree.map_with_path(keep, problem.variables["params"]))
 
@@ -213,21 +215,23 @@ def _finetune(
         "teacher": None if cached else problem.variables,
     }
     state = TrainState(dict(problem.variables), optimizer.init(problem.variables["params"]))
+    consts, state = replicate(problem.mesh, (consts, state))
     losses, accuracies = [], []
     for epoch in range(config.epochs):
         xs = epoch_inputs(order_key, forget.num_examples, forget.batch_size, epoch)
-        state, metrics = run_epoch(step, consts, state, xs)
+        state, metrics = run_epoch(step, consts, state, xs, mesh=problem.mesh)
         if not np.isfinite(metrics["loss"]):
             raise FloatingPointError(
                 f"unsc: the loss is {metrics['loss']} in epoch {epoch + 1}: lower learning_rate"
             )
         losses.append(metrics["loss"])
-        accuracies.append(accuracy(problem.apply_fn, state.variables, forget))
+        accuracies.append(accuracy(problem.apply_fn, state.variables, forget, mesh=problem.mesh))
         if config.stop_below is not None and accuracies[-1] < config.stop_below:
             break
-    if not all_finite(state.variables):
+    variables = unreplicate(problem.mesh, state.variables)
+    if not all_finite(variables):
         raise FloatingPointError("unsc: the last step overflowed the weights: lower learning_rate")
-    return state.variables, {"losses": losses, "forget_accuracy": accuracies}
+    return variables, {"losses": losses, "forget_accuracy": accuracies}
 
 
 @partial(jax.jit, static_argnums=0)
@@ -267,11 +271,12 @@ def _with_dropout(apply_fn: ApplyFn) -> Callable[..., Any]:
     """
 
     def drop(next_fn: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        layer = context.module
-        if not isinstance(layer, nn.Dropout) or context.method_name != "__call__":
+        if not _calls_dropout(context):
             return next_fn(*args, **kwargs)
-        x = args[0]
-        shape = [1 if axis in layer.broadcast_dims else n for axis, n in enumerate(x.shape)]
+        layer, x = context.module, args[0] if args else kwargs["inputs"]
+        shape = list(x.shape)
+        for axis in layer.broadcast_dims:
+            shape[axis] = 1
         kept = jax.random.bernoulli(layer.make_rng(layer.rng_collection), 1 - layer.rate, shape)
         return jnp.where(kept, x / (1 - layer.rate), jnp.zeros((), x.dtype))
 
@@ -281,3 +286,27 @@ def _with_dropout(apply_fn: ApplyFn) -> Callable[..., Any]:
             return apply_fn(variables, inputs, **kwargs)
 
     return apply
+
+
+def _check_dropout(problem: UnlearningProblem) -> None:
+    """Refuse a model in which :func:`_with_dropout` would find nothing to replace."""
+    called = []
+
+    def note(next_fn: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        called.append(_calls_dropout(context))
+        return next_fn(*args, **kwargs)
+
+    def apply(variables: Any, inputs: Any) -> Any:
+        with nn.intercept_methods(note):
+            return problem.apply_fn(variables, inputs)
+
+    jax.eval_shape(apply, problem.variables, problem.forget.inputs[:1])
+    if not any(called):
+        raise ValueError(
+            "dropout = True, but the model calls no nn.Dropout layer, which are all that can be "
+            "kept on (of linen, in a model that is not jitted); set dropout = False"
+        )
+
+
+def _calls_dropout(context: nn.module.InterceptorContext) -> bool:
+    return isinstance(context.module, nn.Dropout) and context.method_name == "__call__"

@@ -6,12 +6,14 @@ from typing import Literal, get_args
 from jaxunlearn.layers import Patches
 from jaxunlearn.linalg import RankRule
 from jaxunlearn.methods.subspaces import Builder
+from jaxunlearn.subspace import Solver
 
 Labels = Literal["pseudo", "random"]
 Optimizer = Literal["sgd", "adam"]
 _CHOICES = {
     "builder": get_args(Builder),
     "rank_rule": get_args(RankRule),
+    "solver": get_args(Solver),
     "patches": get_args(Patches),
     "labels": get_args(Labels),
     "optimizer": get_args(Optimizer),
@@ -28,6 +30,8 @@ class UNSCConfig:
         (concat), ``.97 + .003 · class`` (gpm; the authors' rule for ten classes), .99 (pooled).
       merge_energy: share kept when concat merges the classes.
       rank_rule: ``"below"`` keeps one direction fewer, as the reference code does.
+      solver: of the eigenspaces: ``"eigh"``, ``"randomized"``, or ``"auto"``, which is randomized
+        for 1,024 features or more.
       patches: ``"valid"`` ignores padding and stride, as the reference code does.
       images_per_class: images whose Gram is taken, drawn at random; None takes all.
       images_per_layer: the first so many of these for each layer in turn (reference code).
@@ -48,6 +52,7 @@ class UNSCConfig:
     energy: float | tuple[float, ...] | None = None
     merge_energy: float = 0.99
     rank_rule: RankRule = "reach"
+    solver: Solver = "auto"
     patches: Patches = "exact"
     images_per_class: int | None = 256
     images_per_layer: tuple[int, ...] | None = None

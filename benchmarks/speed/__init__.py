@@ -1,0 +1,14 @@
+"""One module per question of speed; the names in the order of the table."""
+
+QUESTIONS = (
+    "gram_eigh",
+    "gram_cholesky",
+    "randomized_basis",
+    "conv_gram",
+    "conv_gradient",
+    "projection_share",
+    "two_processes",
+    "unsc_projectors",
+    "gram_rate",
+    "scaling",
+)
