@@ -233,7 +233,9 @@ def _line_gram(
     """Gram of the patches over the other axes, with the given rows of the map as channels."""
     size, dilation, reach = geometry.kernel_size, geometry.kernel_dilation, _reaches(geometry)
     g, c = geometry.groups, x.shape[-1] // geometry.groups
-    lines = jnp.stack([jnp.take(x, row, axis=1 + axis) for row in rows], axis=-2)
+    lines = jnp.stack(
+        [jax.lax.index_in_dim(x, row, 1 + axis, keepdims=False) for row in rows], axis=-2
+    )
     lines = jnp.moveaxis(lines.reshape(*lines.shape[:-1], g, c), -3, -2)
     others = [i for i in range(len(size)) if i != axis]
     line = ConvGeometry(

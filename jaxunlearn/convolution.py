@@ -49,6 +49,7 @@ _AT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0
 _BB, _GG, _AA = (np.kron(M, M).astype(np.float32) for M in (_BT, _G, _AT))
 
 _CHUNK_IMAGES = 32
+_MOST_CHUNKS = 32  # each is compiled by itself
 _WINOGRAD_CHANNELS = 64
 _TILE_BYTES = 2**22  # of the transformed tiles that exist at a time: they stay in the cache
 
@@ -128,7 +129,7 @@ def conv_general_dilated(
     )
     ours = (
         jax.default_backend() == "cpu"
-        and jax.local_device_count() == 1
+        and jax.device_count() == 1
         and lhs.ndim == 4
         and lhs.dtype == rhs.dtype == jnp.float32
         and feature_group_count == 1
@@ -180,8 +181,10 @@ def _backward(
         turned = jnp.swapaxes(k[::-1, ::-1], 2, 3)
         return winograd(g, turned, around), winograd_kernel_gradient(x, g, geometry.pads)
     (dx,) = jax.linear_transpose(lambda x: _xla(geometry, x, k), x)(g)
-    parts = range(0, max(1, x.shape[0]), _CHUNK_IMAGES)
-    dk = sum(_kernel_gradient(geometry, x, k, g, slice(i, i + _CHUNK_IMAGES)) for i in parts)
+    b = max(1, x.shape[0])
+    images = max(_CHUNK_IMAGES, -(-b // _MOST_CHUNKS))
+    parts = [slice(i, i + images) for i in range(0, b, images)]
+    dk = sum(_kernel_gradient(geometry, x, k, g, part) for part in parts)
     return dx, jnp.asarray(dk)
 
 
@@ -220,8 +223,8 @@ def winograd_kernel_gradient(
         return total + _matmul(_transformed_tiles(x, pads).mT, D), None
 
     images = _images_at_once(x.shape[0], th * tw * max(c, o))
-    parts = tuple(a.reshape(-1, images, *a.shape[1:]) for a in (x, g))
-    total, _ = jax.lax.scan(add, jnp.zeros((36, c, o), x.dtype), parts)
+    xs, gs = (a.reshape(-1, images, *a.shape[1:]) for a in (x, g))
+    total, _ = jax.lax.scan(add, jnp.zeros((36, c, o), x.dtype), (xs, gs))
     return _matmul(_GG.T, total.reshape(36, -1)).reshape(3, 3, c, o)
 
 

@@ -88,6 +88,9 @@ def draw(rows: list[dict], file: Path) -> None:
             seconds = [point["timings"][way]["wall"] for point in known]
             panel.loglog([point["value"] for point in known], seconds, "o-", label=way)
         panel.set_xlabel(title)
+        panel.set_xticks([point["value"] for point in points])
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        panel.xaxis.set_minor_formatter(lambda *_: "")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     panels[0].set_ylabel("seconds")

@@ -23,13 +23,14 @@ from benchmarks.timing import main, ratio_of
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import capture_inputs, describe_layers, layer_inputs
 from jaxunlearn.conv_gram import row_gram
+from jaxunlearn.convolution import fast_convolutions
 from jaxunlearn.gram import accumulate_gram
 from jaxunlearn.layers import inputs_as_rows
 from jaxunlearn.methods.subspaces import retained_spaces
 from jaxunlearn.models import build
 from jaxunlearn.subspace import eigenbasis, top_eigenspace
 
-CLASSES, IMAGES, BATCH = 9, 256, 128
+CLASSES, IMAGES = 9, 256
 MULTIPLES = (8, 24)  # rows of the measured SVDs, in units of the features
 ENERGY = 0.97
 
@@ -72,8 +73,8 @@ def _measure() -> list[dict]:
     labels = np.repeat(np.arange(CLASSES), IMAGES)
     variables = model.init(jax.random.key(1), images[:1])
     specs = describe_layers(model.apply, variables, images[:1])
-    inputs_fn = layer_inputs(model.apply, specs)
-    data = Batches(images, labels, BATCH)
+    inputs_fn = layer_inputs(fast_convolutions(model.apply), specs)
+    data = Batches(images, labels, IMAGES)
 
     read = jax.eval_shape(capture_inputs(model.apply, specs), variables, images[:1])
     rows = {

@@ -49,14 +49,15 @@ def projection_figures(
 def _measure(
     specs: tuple[LayerSpec, ...], spaces: Mapping[str, RetainedSpace], before: Any, after: Any
 ) -> dict[str, dict[str, Float[Array, ""]]]:
-    figures = {}
-    for spec in specs:
-        K, K_u = (
-            kernel_as_matrix(spec, leaves_by_path(params)[spec.kernel_path])
-            for params in (before, after)
+    old, new = leaves_by_path(before), leaves_by_path(after)
+    return {
+        spec.path: _measure_layer(
+            spaces[spec.path],
+            kernel_as_matrix(spec, old[spec.kernel_path]),
+            kernel_as_matrix(spec, new[spec.kernel_path]),
         )
-        figures[spec.path] = _measure_layer(spaces[spec.path], K, K_u)
-    return figures
+        for spec in specs
+    }
 
 
 def _measure_layer(

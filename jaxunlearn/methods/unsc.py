@@ -13,11 +13,10 @@ induction the whole model's output (Theorem 1). That takes everything but kernel
 norms and their statistics), inference mode, and a projection that comes last.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,11 +24,12 @@ import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from jaxunlearn.batches import Batches
-from jaxunlearn.capture import ApplyFn, describe_layers, layer_inputs
+from jaxunlearn.capture import describe_layers, layer_inputs
 from jaxunlearn.gram import accumulate_gram
 from jaxunlearn.layers import LayerSpec, path_name
 from jaxunlearn.methods.base import Unlearned, UnlearningProblem, all_finite, check_problem
 from jaxunlearn.methods.diagnostics import projection_figures
+from jaxunlearn.methods.dropout import check_dropout, with_dropout
 from jaxunlearn.methods.labels import excluded_classes, pseudo_label, pseudo_labels, random_label
 from jaxunlearn.methods.subspaces import Grams, RetainedSpace, retained_spaces
 from jaxunlearn.methods.unsc_config import UNSCConfig
@@ -76,7 +76,7 @@ def unsc(
             "per class, or one number"
         )
     if config.dropout:
-        _check_dropout(problem)
+        check_dropout(problem.apply_fn, problem.variables, problem.forget.inputs[:1])
     specs = describe_layers(problem.apply_fn, problem.variables, problem.forget.inputs[:1])
     collect_key, order_key, step_key = jax.random.split(key, 3)
     spaces: dict[str, RetainedSpace] = {}
@@ -202,7 +202,7 @@ def _finetune(
     # ones are made per batch from the true labels.
     cached = config.labels == "pseudo" and augment is None
     step = train_step(
-        _with_dropout(problem.apply_fn) if config.dropout else problem.apply_fn,
+        with_dropout(problem.apply_fn) if config.dropout else problem.apply_fn,
         optimizer,
         train=config.dropout,
         augment=augment,
@@ -261,52 +261,3 @@ def _relabeller(problem: UnlearningProblem, config: UNSCConfig) -> Relabel:
         return jax.vmap(pseudo_label)(problem.apply_fn(consts["teacher"], inputs), excluded)
 
     return relabel
-
-
-def _with_dropout(apply_fn: ApplyFn) -> Callable[..., Any]:
-    """Inference mode but for dropout, which stays on: what the reference code trains in.
-
-    Models switch dropout and batch norm by one flag, so the flag stays off and the dropout layers
-    are replaced while the model runs.
-    """
-
-    def drop(next_fn: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        if not _calls_dropout(context):
-            return next_fn(*args, **kwargs)
-        layer, x = context.module, args[0] if args else kwargs["inputs"]
-        shape = list(x.shape)
-        for axis in layer.broadcast_dims:
-            shape[axis] = 1
-        kept = jax.random.bernoulli(layer.make_rng(layer.rng_collection), 1 - layer.rate, shape)
-        return jnp.where(kept, x / (1 - layer.rate), jnp.zeros((), x.dtype))
-
-    def apply(variables: Any, inputs: Array, *, train: bool, **kwargs: Any) -> Any:
-        del train
-        with nn.intercept_methods(drop):
-            return apply_fn(variables, inputs, **kwargs)
-
-    return apply
-
-
-def _check_dropout(problem: UnlearningProblem) -> None:
-    """Refuse a model in which :func:`_with_dropout` would find nothing to replace."""
-    called = []
-
-    def note(next_fn: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        called.append(_calls_dropout(context))
-        return next_fn(*args, **kwargs)
-
-    def apply(variables: Any, inputs: Any) -> Any:
-        with nn.intercept_methods(note):
-            return problem.apply_fn(variables, inputs)
-
-    jax.eval_shape(apply, problem.variables, problem.forget.inputs[:1])
-    if not any(called):
-        raise ValueError(
-            "dropout = True, but the model calls no nn.Dropout layer, which are all that can be "
-            "kept on (of linen, in a model that is not jitted); set dropout = False"
-        )
-
-
-def _calls_dropout(context: nn.module.InterceptorContext) -> bool:
-    return isinstance(context.module, nn.Dropout) and context.method_name == "__call__"

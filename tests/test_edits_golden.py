@@ -1,0 +1,387 @@
+"""Deep Unlearning of whole networks: Grams, projections, weights and outputs of the reference code.
+
+The networks are plain linen modules, known to the library by nothing but their forward pass. Their
+modules have the names that the stored arrays give to layers, where flax allows it.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxunlearn.batches import Batches
+from jaxunlearn.capture import describe_layers, layer_inputs
+from jaxunlearn.edits import suppress_subspace
+from jaxunlearn.gram import accumulate_gram
+from jaxunlearn.subspace import importance_solve
+
+# Absolute, for projections, weights and outputs; Grams relative to their largest entry.
+TOLERANCE = {"float32": 1e-5, "float64": 1e-6}
+GRAM_TOLERANCE = 1e-6
+
+
+def conv3x3(channels, stride=1, *, use_bias, name):
+    return nn.Conv(channels, (3, 3), stride, padding=1, use_bias=use_bias, name=name)
+
+
+def batch_norm(name):
+    return nn.BatchNorm(use_running_average=True, name=name)  # eps 1e-5, as torch
+
+
+class VGG(nn.Module):
+    """Four convolutions, maps pooled after the first, third and fourth; three dense layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i, (channels, pool) in enumerate([(6, True), (8, False), (10, True), (12, True)]):
+            x = conv3x3(channels, use_bias=True, name=f"conv{i}")(x)
+            x = nn.relu(batch_norm(f"norm{i}")(x))
+            x = nn.max_pool(x, (2, 2), (2, 2)) if pool else x
+        x = x.reshape(x.shape[0], -1)  # one pixel: torch's order and ours are the same
+        x = nn.relu(nn.Dense(14, name="fc4")(x))
+        x = nn.relu(nn.Dense(9, name="fc5")(x))
+        return nn.log_softmax(nn.Dense(4, name="fc6")(x))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, the first with stride 2, and a 1 x 1 convolution as shortcut."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.relu(batch_norm("bn1")(conv3x3(9, 2, use_bias=False, name="conv1")(x)))
+        y = batch_norm("bn2")(conv3x3(9, use_bias=False, name="conv2")(y))
+        shortcut = nn.Conv(9, (1, 1), 2, use_bias=False, name="downsample")(x)
+        return nn.relu(y + batch_norm("downsample_norm")(shortcut))
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.LayerNorm(1e-6, name="ln_1")(x)
+        x = x + nn.MultiHeadDotProductAttention(2, name="attention")(y)
+        y = nn.LayerNorm(1e-6, name="ln_2")(x)
+        y = nn.gelu(nn.Dense(24, name="mlp0")(y), approximate=False)
+        return x + nn.Dense(16, name="mlp3")(y)
+
+
+class Transformer(nn.Module):
+    """Patches of 4 x 4 pixels, a class token, two blocks, a head on the class token."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(16, (4, 4), 4, padding="VALID", name="conv_proj")(x)
+        x = x.reshape(x.shape[0], -1, 16)
+        token = self.param("class_token", nn.initializers.zeros, (1, 1, 16))
+        x = jnp.concatenate([jnp.tile(token, (x.shape[0], 1, 1)), x], axis=1)
+        x = x + self.param("pos_embedding", nn.initializers.zeros, (1, *x.shape[1:]))
+        for i in range(2):
+            x = EncoderBlock(name=f"block{i}")(x)
+        x = nn.LayerNorm(1e-6, name="ln")(x)
+        return nn.log_softmax(nn.Dense(5, name="head")(x[:, 0]))
+
+
+class Demo(nn.Module):
+    """Five dense layers, the last one without norm."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(1, 5):
+            x = nn.relu(batch_norm(f"bn{i}")(nn.Dense(5, name=f"fc{i}")(x)))
+        return nn.log_softmax(nn.Dense(4, name="fc5")(x))
+
+
+class Case(NamedTuple):
+    """A network; flax paths by torch module, and by stored layer those that read its input."""
+
+    model: nn.Module
+    modules: dict[str, str]
+    layers: dict[str, tuple[str, ...]]
+
+
+def _encoder_modules(i):
+    parts = {
+        "ln_1": "ln_1",
+        "ln_2": "ln_2",
+        "mlp.0": "mlp0",
+        "mlp.3": "mlp3",
+        **{f"self_attention.{part}": f"attention/{part}" for part in ("query", "key", "value")},
+        "self_attention.out_proj": "attention/out",
+    }
+    return {f"encoder.layers.encoder_layer_{i}.{k}": f"block{i}/{v}" for k, v in parts.items()}
+
+
+def _encoder_layers(i, stored):
+    return {
+        f"{stored}self_attn.qkv": tuple(
+            f"block{i}/attention/{part}" for part in ("query", "key", "value")
+        ),
+        f"{stored}self_attn.out_proj": (f"block{i}/attention/out",),
+        f"{stored}mlp.linear0": (f"block{i}/mlp0",),
+        f"{stored}mlp.linear1": (f"block{i}/mlp3",),
+    }
+
+
+CASES = {
+    "vgg": Case(
+        VGG(),
+        {f"features.{place}": f"conv{i}" for i, place in enumerate((0, 4, 7, 11))}
+        | {f"features.{place}": f"norm{i}" for i, place in enumerate((1, 5, 8, 12))}
+        | {f"classifier.{place}": f"fc{i}" for i, place in enumerate((0, 3, 6), start=4)},
+        {name: (name,) for name in ("conv0", "conv1", "conv2", "conv3", "fc4", "fc5", "fc6")},
+    ),
+    "resblock": Case(
+        ResidualBlock(),
+        {name: name for name in ("conv1", "bn1", "conv2", "bn2")}
+        | {"downsample.0": "downsample", "downsample.1": "downsample_norm"},
+        {name: (name,) for name in ("conv1", "conv2", "downsample")},
+    ),
+    "vit": Case(
+        Transformer(),
+        {"": "", "encoder": "", "conv_proj": "conv_proj", "encoder.ln": "ln", "heads.head": "head"}
+        | _encoder_modules(0)
+        | _encoder_modules(1),
+        {"conv_proj.conv0": ("conv_proj",), "heads.linear0": ("head",)}
+        | _encoder_layers(0, "encoder")
+        | _encoder_layers(1, "encoderblock1."),
+    ),
+}
+
+
+# --- from torch's names and layouts to flax's ----------------------------------------------------
+
+
+def unpacked(arrays):
+    """The same arrays with q, k and v, which torch stacks as [3 d, d], each by itself."""
+    for name, array in arrays.items():
+        attention, packed, leaf = name.partition("in_proj_")
+        if packed:
+            for part, third in zip(("query", "key", "value"), np.split(array, 3), strict=True):
+                yield f"{attention}{part}.{leaf}", third
+        else:
+            yield name, array
+
+
+def flax_leaves(case, arrays, shapes):
+    """Torch's arrays as leaves by flax path; ``shapes`` splits an axis into heads."""
+    leaves = {}
+    for name, array in unpacked(arrays):
+        module, _, leaf = name.rpartition(".")
+        if leaf.startswith("running_"):
+            collection, leaf = "batch_stats", leaf.removeprefix("running_")
+        else:
+            collection = "params"
+        if leaf == "weight":
+            leaf = "scale" if array.ndim == 1 else "kernel"
+            array = np.moveaxis(array, (0, 1), (-1, -2)) if array.ndim > 1 else array
+        path = (collection, *filter(None, case.modules[module].split("/")), leaf)
+        leaves[path] = array.reshape(shapes[path].shape)
+    return leaves
+
+
+def in_flax_order(matrix, spec):
+    """Rows and columns from torch's patch order (c, kh, kw) to ours, (kh, kw, c)."""
+    if spec.conv is None:
+        return matrix
+    kh, kw, c, _ = spec.kernel_shape
+    order = np.arange(spec.d_in).reshape(c, kh, kw).transpose(1, 2, 0).ravel()
+    return matrix[np.ix_(order, order)]
+
+
+def selected(arrays, prefix):
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def nhwc(maps):
+    return maps.transpose(0, 2, 3, 1) if maps.ndim == 4 else maps
+
+
+# --- one run of the library for each network and dtype -------------------------------------------
+
+
+class Run(NamedTuple):
+    """What the library gives, as NumPy arrays, beside what is stored."""
+
+    stored: dict
+    case: Case
+    specs: dict
+    leaves: dict  # before the edit, by path
+    grams: dict  # {"r" or "f": {layer: G}}
+    spaces: dict  # {("r" or "f", alpha): {layer: P}}
+    edited: dict  # {"ar.__af.": leaves by path}
+    outputs: dict  # {"before" or "after__ar.__af.": of the retained, then the forgotten examples}
+    atol: float  # of projections, weights and outputs
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(name, dtype) for name in CASES for dtype in TOLERANCE],
+    ids=lambda param: "-".join(param),
+)
+def run(request, golden):
+    name, dtype = request.param
+    with np.load(golden / f"deep_unlearning_{name}.npz") as file:
+        stored = dict(file)
+    with jax.enable_x64(dtype == "float64"):
+        specs, results = deep_unlearning(CASES[name], stored, dtype)
+    assert {leaf.dtype for leaf in jax.tree.leaves(results)} == {np.dtype(dtype)}
+    return Run(stored, CASES[name], specs, *results, TOLERANCE[dtype])
+
+
+def deep_unlearning(case, stored, dtype):
+    images = {side: nhwc(stored[f"x_{side}"]).astype(dtype) for side in ("retain", "forget")}
+    both = np.concatenate(list(images.values()))
+    variables = variables_of(case, stored, both)
+    specs = describe_layers(case.model.apply, variables, both)
+    grams = grams_of_sides(case, specs, variables, images)
+
+    @jax.jit
+    def edit(params, grams, alphas):
+        spaces, params = suppressed(params, specs, grams, alphas)
+        return {
+            side: {path: P.dense() for path, P in spaces[side].items()} for side in "rf"
+        }, params
+
+    forward = jax.jit(case.model.apply)
+    spaces, edited, outputs = {}, {}, {"before": forward(variables, both)}
+    for pair in pairs_of(stored):
+        alphas = dict(zip("rf", pair.removeprefix("ar").split("__af"), strict=True))
+        values = {side: float(alpha) for side, alpha in alphas.items()}
+        projections, params = edit(variables["params"], grams, values)
+        spaces |= {(side, alphas[side]): layers for side, layers in projections.items()}
+        edited[pair] = flatten_dict({"params": params})
+        outputs[f"after__{pair}"] = forward(variables | {"params": params}, both)
+    results = (flatten_dict(variables), grams, spaces, edited, outputs)
+    return specs, jax.device_get(results)
+
+
+def variables_of(case, stored, inputs):
+    shapes = flatten_dict(jax.eval_shape(case.model.init, jax.random.key(0), inputs))
+    leaves = flax_leaves(case, selected(stored, "param__"), shapes)
+    assert leaves.keys() == shapes.keys()
+    return unflatten_dict({path: jnp.asarray(v, inputs.dtype) for path, v in leaves.items()})
+
+
+def pairs_of(stored):
+    """``ar{alpha_r}__af{alpha_f}`` of all pairs whose weights are stored."""
+    return sorted({"__".join(key.split("__")[1:3]) for key in selected(stored, "new")})
+
+
+def suppressed(params, specs, grams, alphas):
+    """Spaces of both sides, and the parameters without what only the forget side reads."""
+    spaces = {
+        side: {path: importance_solve(G, alpha=alphas[side]) for path, G in layers.items()}
+        for side, layers in grams.items()
+    }
+    return spaces, suppress_subspace(params, specs, forget=spaces["f"], retain=spaces["r"])
+
+
+def grams_of_sides(case, specs, variables, images):
+    """Batches of one size for both sides, so that the last retain batch has masked rows."""
+    inputs_fn = layer_inputs(case.model.apply, specs)
+    grams = {}
+    for side, x in images.items():
+        batches = Batches(x, np.zeros(len(x), np.int32), batch_size=len(images["forget"]))
+        states = accumulate_gram(inputs_fn, variables, batches)
+        assert {int(state.count) for state in states.values()} == {len(x)}
+        grams[side[0]] = {path: state.gram for path, state in states.items()}
+    return grams
+
+
+# --- what the reference code gives ---------------------------------------------------------------
+
+
+def test_the_layers_are_those_that_the_reference_code_edits(run):
+    paths = [path for readers in run.case.layers.values() for path in readers]
+    assert sorted(run.specs) == sorted(paths)
+    assert run.case.layers.keys() == selected(run.stored, "gram_r__").keys()
+
+
+def test_layers_get_the_grams_of_the_reference_code(run):
+    for side, layer, path in layers_of(run):
+        expected = in_flax_order(run.stored[f"gram_{side}__{layer}"], run.specs[path])
+        atol = GRAM_TOLERANCE * np.abs(expected).max()
+        np.testing.assert_allclose(run.grams[side][path], expected, atol=atol, err_msg=path)
+
+
+def test_layers_get_the_projections_of_the_reference_code(run):
+    for side, layer, path in layers_of(run):
+        projections = selected(run.stored, f"P_{side}__{layer}__a")
+        assert projections.keys() == {alpha for s, alpha in run.spaces if s == side}
+        for alpha, P in projections.items():
+            space, expected = run.spaces[side, alpha][path], in_flax_order(P, run.specs[path])
+            np.testing.assert_allclose(space, expected, atol=run.atol, err_msg=path)
+
+
+def test_kernels_get_the_weights_of_the_reference_code_and_nothing_else_changes(run):
+    assert len(run.edited) == 3
+    kept = {path: leaf for path, leaf in run.leaves.items() if path[0] == "params"}
+    for pair, edited in run.edited.items():
+        new = flax_leaves(run.case, selected(run.stored, f"new__{pair}__"), run.leaves)
+        assert len(new) == len(run.specs)
+        assert edited.keys() == kept.keys()
+        for path, leaf in edited.items():
+            if path in new:
+                np.testing.assert_allclose(leaf, new[path], atol=run.atol, err_msg="/".join(path))
+            else:
+                np.testing.assert_array_equal(leaf, kept[path], err_msg="/".join(path))
+
+
+def test_the_edited_network_gives_the_outputs_of_the_reference_code(run):
+    for state, out in run.outputs.items():
+        sides = [nhwc(run.stored[f"out_{side}_{state}"]) for side in ("retain", "forget")]
+        np.testing.assert_allclose(out, np.concatenate(sides), atol=run.atol, err_msg=state)
+
+
+def layers_of(run):
+    return [
+        (side, layer, path)
+        for side in "rf"
+        for layer, readers in run.case.layers.items()
+        for path in readers
+    ]
+
+
+# --- the demo: all pairs of a grid of alphas -----------------------------------------------------
+
+
+def test_the_grid_of_the_demo_has_the_accuracies_and_weights_of_the_reference_code(golden):
+    """All pairs in one compilation; a point on a boundary may fall on either side."""
+    with np.load(golden / "deep_unlearning_toy.npz") as file:
+        stored = dict(file)
+    names = [*(f"fc{i}" for i in range(1, 6)), *(f"bn{i}" for i in range(1, 5))]
+    case = Case(Demo(), {name: name for name in names}, {})
+    x, y = stored["x_train"], stored["y_train"]
+    variables = variables_of(case, stored, x)
+    specs = describe_layers(case.model.apply, variables, x)
+    grams = grams_of_sides(case, specs, variables, {"retain": x[y != 0], "forget": x[y == 0]})
+
+    @jax.jit
+    def edit_all(variables, grams, alphas):
+        def edit(alphas):
+            _, params = suppressed(variables["params"], specs, grams, alphas)
+            return params, case.model.apply(variables | {"params": params}, x).argmax(-1)
+
+        return jax.vmap(edit)(alphas)
+
+    grid = np.meshgrid(stored["alpha_r"], stored["alpha_f"], indexing="ij")
+    alphas = dict(zip("rf", (axis.ravel() for axis in grid), strict=True))
+    params, predicted = jax.device_get(edit_all(variables, grams, alphas))
+    correct = (predicted == y).reshape(*grid[0].shape, -1)
+    for side, members in (("retain", y != 0), ("forget", y == 0)):
+        accuracy, one_point = 100 * correct[..., members].mean(-1), 101 / members.sum()
+        np.testing.assert_allclose(accuracy, stored[f"train_acc_{side}"], atol=one_point)
+    assert len(pairs_of(stored)) == 5
+    edited = flatten_dict({"params": params})
+    for pair in pairs_of(stored):
+        alpha_r, alpha_f = (float(alpha) for alpha in pair.removeprefix("ar").split("__af"))
+        (row,) = np.flatnonzero((alphas["r"] == alpha_r) & (alphas["f"] == alpha_f))
+        new = flax_leaves(case, selected(stored, f"new__{pair}__"), flatten_dict(variables))
+        for path, expected in new.items():
+            name = "/".join((pair, *path))
+            np.testing.assert_allclose(edited[path][row], expected, atol=1e-4, err_msg=name)
