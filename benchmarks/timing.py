@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ def time_together(ways: Mapping[str, Way]) -> dict[str, dict[str, Any]]:
 
 
 def _seconds(run: Callable[[], Any]) -> tuple[float, float]:
+    time.sleep(0.2)  # LAPACK's threads spin for a while after the way before
     wall, cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(run())
     return time.perf_counter() - wall, time.process_time() - cpu
@@ -96,6 +98,23 @@ def peak_memory_mb(module: str, case: str) -> float:
     command = [sys.executable, "-m", module, "--memory", case]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.splitlines()[-1])
+
+
+def compiled(call: partial) -> Callable[[], Any]:
+    """The same call, compiled but not yet run if its function is jitted."""
+    jax.block_until_ready(call.args)
+    if not hasattr(call.func, "lower"):
+        return call
+    return partial(call.func.lower(*call.args).compile(), *call.args)
+
+
+def memory_row(
+    module: str, *, fast: str, naive: str, bar: float | None, case: str
+) -> dict[str, Any]:
+    """A row that compares the peak memory of two cases of ``module.MEMORY``."""
+    megabytes = {way: peak_memory_mb(module, way) for way in (fast, naive)}
+    ratio = megabytes[naive] / megabytes[fast]
+    return {"case": case, "megabytes": megabytes} | ratio_of(ratio, bar)
 
 
 def _measure_memory(prepare: Callable[[], Callable[[], Any]]) -> float:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxunlearn.config import RunConfig as RunConfig
     from jaxunlearn.config import config_from_mapping as config_from_mapping
     from jaxunlearn.config import load_config as load_config
+    from jaxunlearn.convolution import fast_convolutions as fast_convolutions
     from jaxunlearn.data import Source as Source
     from jaxunlearn.data import Splits as Splits
     from jaxunlearn.data import split as split
@@ -109,6 +110,7 @@ _HOME = {
     "eigenbasis_of_rows": "subspace",
     "epoch_inputs": "steps",
     "evaluate_model": "evaluation.report",
+    "fast_convolutions": "convolution",
     "features": "capture",
     "fit": "training",
     "from_arrays": "sources",

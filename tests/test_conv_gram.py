@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from jaxunlearn import conv_gram
 from jaxunlearn.conv_gram import images_at_once, lag_gram, lags_pay, sum_over_images
 from jaxunlearn.gram import layer_gram
 from jaxunlearn.layers import ConvGeometry, LayerInput, LayerSpec, inputs_as_rows
+from jaxunlearn.sharding import AXIS, data_mesh
 
 # kernel, padding, dilation, groups, spatial shape, channels
 CASES = {
@@ -74,6 +76,21 @@ def test_pieces_of_the_map_of_any_size_give_the_same_gram(monkeypatch):
         monkeypatch.setattr(conv_gram, "_CPU_MAP_BYTES", images * bytes_of_an_image)
         got = lag_gram(spec.conv, x)
         np.testing.assert_allclose(got, expected, atol=2e-6 * np.abs(expected).max())
+
+
+def test_devices_that_sum_their_lags_get_the_gram_of_all_maps(monkeypatch):
+    spec, x = _case(*CASES["3x3 SAME"])
+    x = jnp.concatenate([x, x[:3]])
+    monkeypatch.setattr(conv_gram, "_CPU_MAP_BYTES", 4 * 8 * 9 * 4)  # a scan on each device
+    mesh, split, whole = data_mesh(2), PartitionSpec(AXIS), PartitionSpec()
+    total = jax.shard_map(
+        lambda x: jax.lax.psum(lag_gram(spec.conv, x), AXIS),
+        mesh=mesh,
+        in_specs=split,
+        out_specs=whole,
+    )(x)
+    expected = _patch_gram(spec, x)
+    np.testing.assert_allclose(total, expected, atol=2e-6 * np.abs(expected).max())
 
 
 def test_a_sum_over_images_does_not_depend_on_the_size_of_its_chunks():

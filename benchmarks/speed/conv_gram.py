@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from benchmarks.timing import Way, compare, main, peak_memory_mb, ratio_of
+from benchmarks.timing import Way, compare, compiled, main, memory_row
 from jaxunlearn.conv_gram import lag_gram, row_gram
 from jaxunlearn.gram import patch_gram
 from jaxunlearn.layers import ConvGeometry, LayerSpec, inputs_as_rows
@@ -42,15 +42,13 @@ def _problem(case: str):
     return x, ways
 
 
-def _compiled(case: str, way: str):
+def _prepared(case: str, way: str):
     x, ways = _problem(case)
-    compiled = jax.jit(ways[way]).lower(x).compile()
-    x.block_until_ready()
-    return lambda: compiled(x)
+    return compiled(partial(jax.jit(ways[way]), x))
 
 
 MEMORY = {
-    f"{case}/{way}": partial(_compiled, case, way) for case in CASES for way in ("lags", "im2col")
+    f"{case}/{way}": partial(_prepared, case, way) for case in CASES for way in ("lags", "im2col")
 }
 
 
@@ -74,10 +72,15 @@ def measure() -> list[dict]:
                 relative_error=error,
             )
         )
-        module = "benchmarks.speed.conv_gram"
-        megabytes = {way: peak_memory_mb(module, f"{case}/{way}") for way in ("lags", "im2col")}
-        ratio = megabytes["im2col"] / megabytes["lags"]
-        rows.append({"case": f"{case}, memory", "megabytes": megabytes} | ratio_of(ratio, 5))
+        rows.append(
+            memory_row(
+                "benchmarks.speed.conv_gram",
+                fast=f"{case}/lags",
+                naive=f"{case}/im2col",
+                bar=5,
+                case=f"{case}, memory",
+            )
+        )
     return rows
 
 

@@ -6,9 +6,10 @@ code (gradient projection memory) takes the full float64 SVD of every layer's ro
 factors, one for the first class and two for each later one, of matrices ``[d, n]``; NumPy's thin
 SVD of the same matrices stands for it. At full size it does not finish in reasonable time, so it is
 measured at 8 and 24 times as many rows as features, where its time is already linear in the rows,
-and EXTRAPOLATED along that line to the rows of 256 images. CPU-seconds and one LAPACK thread on
-both sides. Agreement: at 24 d rows, Gram and eigh give the SVD's rank for every size of layer.
-Images and weights are random: the work depends on shapes alone.
+and EXTRAPOLATED along that line to the rows of 256 images. Ratios are of CPU-seconds, with one
+LAPACK thread on both sides and with LAPACK's default number on both. Agreement: at 24 d rows, Gram
+and eigh give the SVD's rank for every size of layer. Images and weights are random: the work
+depends on shapes alone.
 """
 
 import time
@@ -62,12 +63,15 @@ def _svd_lines(sizes: set[int]) -> dict[int, tuple[float, float]]:
 
 
 def measure() -> list[dict]:
-    """One row per builder."""
-    with threadpool_limits(1):
-        return _measure()
+    """One row per builder and number of LAPACK threads."""
+    rows = []
+    for threads in (1, None):
+        with threadpool_limits(threads):
+            rows += _measure("one LAPACK thread" if threads else "default LAPACK threads")
+    return rows
 
 
-def _measure() -> list[dict]:
+def _measure(threads: str) -> list[dict]:
     model = build("allcnn", num_classes=10, width=0.5)
     images = jax.random.normal(jax.random.key(0), (CLASSES * IMAGES, 32, 32, 3))
     labels = np.repeat(np.arange(CLASSES), IMAGES)
@@ -110,7 +114,7 @@ def _measure() -> list[dict]:
         cpu, spaces = _cpu_seconds(lambda builder=builder: projectors(builder))
         table.append(
             {
-                "case": f"{builder}, extrapolated reference",
+                "case": f"{builder}, {threads}, reference extrapolated",
                 "wall_seconds": time.perf_counter() - start,
                 "cpu_seconds": cpu,
                 "reference_cpu_seconds_extrapolated": reference,
