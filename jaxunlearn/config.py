@@ -202,7 +202,8 @@ def config_from_mapping(mapping: Mapping[str, Any], overrides: Sequence[str] = (
     tables = copy.deepcopy(dict(mapping))
     for override in overrides:
         _apply(override, tables)
-    for section, named in (("model", ("name", "factory")), ("unlearn", ("method",))):
+    for section, kind in (("model", ModelConfig), ("unlearn", UnlearnConfig)):
+        named = {field.name for field in dataclasses.fields(kind)} - {"options"}
         if isinstance(table := tables.get(section), dict):
             options = {key: table.pop(key) for key in list(table) if key not in named}
             tables[section] = table | {"options": options}

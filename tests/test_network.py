@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from jaxunlearn.checkpoint import save_variables
-from jaxunlearn.config import DataConfig, ModelConfig, RetrainConfig, TrainConfig
+from jaxunlearn.config import (
+    DataConfig,
+    ModelConfig,
+    RetrainConfig,
+    TrainConfig,
+    config_from_mapping,
+)
 from jaxunlearn.models import MLP
 from jaxunlearn.network import build_network, given_variables, with_preprocessing
 from jaxunlearn.sources import from_arrays
@@ -51,6 +57,10 @@ class NoMode(nn.Module):
 def the_module(module=NoMode, **options):
     """What the configs of these tests name as their factory."""
     return module(**options)
+
+
+def one_convolution():
+    return nn.Sequential([nn.Conv(2, (3, 3)), NoMode()])
 
 
 def two_outputs():
@@ -237,6 +247,22 @@ def torch_arrays(network):
 def given(network, model=ALLCNN, section="train", **named):
     config = {"train": TrainConfig, "retrain": RetrainConfig}[section](**named)
     return given_variables(network, model, config, section=section)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_network_takes_the_fast_convolutions_unless_told_otherwise(fast, monkeypatch):
+    taken = []
+
+    def convolve(geometry, x, k):
+        taken.append(k.shape)
+        return jnp.zeros((*x.shape[:-1], k.shape[-1]))
+
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr("jaxunlearn.convolution.convolve", convolve)
+    model = {"factory": f"{__name__}:one_convolution", "fast_convolutions": fast}
+    config = config_from_mapping({"data": {"forget": 0}, "model": model})
+    build_network(config.model, DATA, SOURCE)
+    assert bool(taken) is fast
 
 
 def test_nothing_named_is_nothing_given(allcnn):
