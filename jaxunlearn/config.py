@@ -57,8 +57,8 @@ class ModelConfig:
 
     name: str | None = "mlp"
     factory: str | None = None  # "package.module:function"
-    fast_convolutions: bool = True  # on one CPU device; False: XLA's
     options: dict[str, Any] = field(default_factory=dict)
+    fast_convolutions: bool = True  # on one CPU device; False: XLA's
 
     def __post_init__(self) -> None:
         _require(
