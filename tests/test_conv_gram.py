@@ -54,7 +54,7 @@ def test_lag_correlations_give_the_gram_of_the_patches(name):
 def test_lag_correlations_keep_double_precision(x64):
     spec, x = _case(*CASES["3x3 SAME"])
     expected = _patch_gram(spec, x)
-    got = lag_gram(spec.conv, x)
+    got = jax.jit(lambda x: lag_gram(spec.conv, x))(x)
     assert got.dtype == jnp.float64
     np.testing.assert_allclose(got, expected, atol=1e-14 * np.abs(expected).max())
 
@@ -62,7 +62,7 @@ def test_lag_correlations_keep_double_precision(x64):
 def test_half_precision_maps_are_multiplied_in_single_precision():
     spec, x = _case(*CASES["3x3 SAME"])
     x = x.astype(jnp.bfloat16)
-    got = lag_gram(spec.conv, x)
+    got = jax.jit(lambda x: lag_gram(spec.conv, x))(x)
     assert got.dtype == jnp.float32
     expected = _patch_gram(spec, x.astype(jnp.float32))
     np.testing.assert_allclose(got, expected, atol=2e-6 * np.abs(expected).max())
@@ -74,7 +74,7 @@ def test_pieces_of_the_map_of_any_size_give_the_same_gram(monkeypatch):
     bytes_of_an_image = 4 * 8 * 9 * 4
     for images in (1, 2):
         monkeypatch.setattr(conv_gram, "_CPU_MAP_BYTES", images * bytes_of_an_image)
-        got = lag_gram(spec.conv, x)
+        got = jax.jit(lambda x: lag_gram(spec.conv, x))(x)
         np.testing.assert_allclose(got, expected, atol=2e-6 * np.abs(expected).max())
 
 
@@ -83,11 +83,13 @@ def test_devices_that_sum_their_lags_get_the_gram_of_all_maps(monkeypatch):
     x = jnp.concatenate([x, x[:3]])
     monkeypatch.setattr(conv_gram, "_CPU_MAP_BYTES", 4 * 8 * 9 * 4)  # a scan on each device
     mesh, split, whole = data_mesh(2), PartitionSpec(AXIS), PartitionSpec()
-    total = jax.shard_map(
-        lambda x: jax.lax.psum(lag_gram(spec.conv, x), AXIS),
-        mesh=mesh,
-        in_specs=split,
-        out_specs=whole,
+    total = jax.jit(
+        jax.shard_map(
+            lambda x: jax.lax.psum(lag_gram(spec.conv, x), AXIS),
+            mesh=mesh,
+            in_specs=split,
+            out_specs=whole,
+        )
     )(x)
     expected = _patch_gram(spec, x)
     np.testing.assert_allclose(total, expected, atol=2e-6 * np.abs(expected).max())
@@ -145,7 +147,7 @@ def test_a_layer_that_pays_takes_lags_and_gets_the_same_gram(monkeypatch):
     mask = jnp.array([True, True, False, True])
     calls = []
     monkeypatch.setattr("jaxunlearn.gram.lag_gram", lambda *a: calls.append(a) or lag_gram(*a))
-    got = layer_gram(LayerInput(spec, (x,)), mask)
+    got = jax.jit(lambda x, mask: layer_gram(LayerInput(spec, (x,)), mask))(x, mask)
     assert len(calls) == 1
     expected = _patch_gram(spec, x[np.array([0, 1, 3])])
     np.testing.assert_allclose(got.gram, expected, atol=2e-6 * np.abs(expected).max())
