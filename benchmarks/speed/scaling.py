@@ -94,6 +94,7 @@ def draw(rows: list[dict], file: Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     panels[0].set_ylabel("seconds")
+    panels[0].set_ylim(top=100)  # room for the legends
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
