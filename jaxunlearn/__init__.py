@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from jaxunlearn.evaluation.report import predict as predict
     from jaxunlearn.experiment import run as run
     from jaxunlearn.gram import GramState as GramState
+    from jaxunlearn.gram import accumulate_class_grams as accumulate_class_grams
     from jaxunlearn.gram import accumulate_gram as accumulate_gram
     from jaxunlearn.gram import downdate_gram as downdate_gram
     from jaxunlearn.gram import merge_grams as merge_grams
@@ -39,9 +40,11 @@ if TYPE_CHECKING:
     from jaxunlearn.linalg import psd_eigh as psd_eigh
     from jaxunlearn.linalg import randomized_eigh as randomized_eigh
     from jaxunlearn.methods import METHODS as METHODS
+    from jaxunlearn.methods import DeepUnlearningConfig as DeepUnlearningConfig
     from jaxunlearn.methods import Unlearned as Unlearned
     from jaxunlearn.methods import UnlearningProblem as UnlearningProblem
     from jaxunlearn.methods import UNSCConfig as UNSCConfig
+    from jaxunlearn.methods import deep_unlearning as deep_unlearning
     from jaxunlearn.methods import unsc as unsc
     from jaxunlearn.network import with_preprocessing as with_preprocessing
     from jaxunlearn.nnx_models import nnx_model as nnx_model
@@ -56,6 +59,10 @@ if TYPE_CHECKING:
     from jaxunlearn.sharding import shard_batch as shard_batch
     from jaxunlearn.sharding import start_processes as start_processes
     from jaxunlearn.sharding import unreplicate as unreplicate
+    from jaxunlearn.soft_projectors import certified_basis as certified_basis
+    from jaxunlearn.soft_projectors import importance as importance
+    from jaxunlearn.soft_projectors import importance_solve as importance_solve
+    from jaxunlearn.soft_projectors import importance_solve_rows as importance_solve_rows
     from jaxunlearn.sources import from_arrays as from_arrays
     from jaxunlearn.sources import load_source as load_source
     from jaxunlearn.steps import TrainState as TrainState
@@ -65,9 +72,6 @@ if TYPE_CHECKING:
     from jaxunlearn.subspace import Eigenbasis as Eigenbasis
     from jaxunlearn.subspace import eigenbasis as eigenbasis
     from jaxunlearn.subspace import eigenbasis_of_rows as eigenbasis_of_rows
-    from jaxunlearn.subspace import importance as importance
-    from jaxunlearn.subspace import importance_solve as importance_solve
-    from jaxunlearn.subspace import importance_solve_rows as importance_solve_rows
     from jaxunlearn.subspace import leading_space as leading_space
     from jaxunlearn.subspace import null_space as null_space
     from jaxunlearn.subspace import top_eigenspace as top_eigenspace
@@ -83,6 +87,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Batches": "batches",
     "CholeskyProjector": "projectors",
+    "DeepUnlearningConfig": "methods",
     "DualProjector": "projectors",
     "Eigenbasis": "subspace",
     "GramState": "gram",
@@ -97,13 +102,16 @@ _HOME = {
     "UNSCConfig": "methods",
     "Unlearned": "methods",
     "UnlearningProblem": "methods",
+    "accumulate_class_grams": "gram",
     "accumulate_gram": "gram",
     "accuracy": "training",
     "augmenter": "preprocessing",
     "capture_inputs": "capture",
     "capture_outputs": "capture",
+    "certified_basis": "soft_projectors",
     "config_from_mapping": "config",
     "data_mesh": "sharding",
+    "deep_unlearning": "methods",
     "describe_layers": "capture",
     "downdate_gram": "gram",
     "eigenbasis": "subspace",
@@ -115,9 +123,9 @@ _HOME = {
     "fit": "training",
     "from_arrays": "sources",
     "gap_to_retrain": "evaluation.report",
-    "importance": "subspace",
-    "importance_solve": "subspace",
-    "importance_solve_rows": "subspace",
+    "importance": "soft_projectors",
+    "importance_solve": "soft_projectors",
+    "importance_solve_rows": "soft_projectors",
     "layer_inputs": "capture",
     "leading_space": "subspace",
     "load_config": "config",

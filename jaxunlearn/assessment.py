@@ -13,10 +13,12 @@ from jaxunlearn.config import EvaluateConfig
 from jaxunlearn.data import Examples, Source, Splits
 from jaxunlearn.evaluation.report import SPLITS, evaluate_model, gap_to_retrain, predict
 from jaxunlearn.evaluation.representation import pca_embedding, pseudo_label_histogram
+from jaxunlearn.evaluation.saliency import grad_cam, last_convolution
 from jaxunlearn.sharding import replicate, shard_batch
 
 _LARGE, _SAMPLE = 20_000, 5_000
 _EMBEDDED = 2_000  # test images in the embedding: more would not be told apart
+_EXPLAINED = 3  # images of each side with a saliency map
 
 
 class Assessment(NamedTuple):
@@ -26,7 +28,10 @@ class Assessment(NamedTuple):
       models: ``{name: accuracies, counts, confusion, attack}``, None for a model that is not there.
       gaps: the models' numbers minus the retrained model's, if there is one.
       pseudo_labels: where a method sent the forget examples, if it says so.
-      arrays: ``embedding_{model} [n, 2]``, ``embedding_labels [n]``, ``embedding_forget [n]``.
+      arrays: ``embedding_{model} [n, 2]``, ``embedding_labels [n]``, ``embedding_forget [n]``; of
+        a convolutional network that forgets classes of images also ``saliency_{model} [m, h, w]``,
+        ``saliency_predicted_{model} [m]``, ``saliency_images [m, h, w, c]``,
+        ``saliency_labels [m]`` and ``saliency_forget [m]``.
       notes: what is not there, and why.
     """
 
@@ -99,6 +104,8 @@ def assess(
             retrained = logits["retrained"]["forget_train"][0].argmax(-1)
         labels = pseudo_label_histogram(pseudo, retrained, k)._asdict()
     arrays, notes = _embeddings(apply_fn, given, source, splits, config.batch_size, seed)
+    explained, more = _saliency(apply_fn, given, rows, logits, seed)
+    arrays, notes = arrays | explained, notes + more
     return Assessment(judged, gap_to_retrain(judged), labels, arrays, notes)
 
 
@@ -143,6 +150,67 @@ def _features(features_fn: Callable, variables: Any, batches: Batches) -> np.nda
     return np.concatenate(
         [np.asarray(features_fn(variables, b["inputs"]))[np.asarray(b["mask"])] for b in batches]
     )
+
+
+def _saliency(
+    apply_fn: ApplyFn,
+    models: Mapping[str, Any],
+    rows: Mapping[str, tuple[Examples, np.ndarray]],
+    logits: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]],
+    seed: int,
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """What in a few test images speaks for their class; nothing without images or a convolution.
+
+    Images that were to be forgotten must not be stored with a report: without forgotten classes
+    there is nothing to show.
+    """
+    sides, rng = ("forget_test", "retain_test"), np.random.default_rng(seed)
+    chosen = {side: _explained(*logits["original"][side], rng) for side in sides}
+    images, labels = (
+        np.concatenate([array[rows[s][1][at]] for s, at in chosen.items()])
+        for array in rows["forget_test"][0]
+    )
+    forget = np.arange(len(labels)) < len(chosen["forget_test"])
+    if not forget.any() or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        return {}, []
+    maps, notes = _class_maps(apply_fn, models, images, labels)
+    if not maps:
+        return {}, notes
+    arrays = maps | {"images": images, "labels": labels, "forget": forget}
+    for name in models:
+        answers = [logits[name][s][0][at].argmax(-1) for s, at in chosen.items()]
+        arrays[f"predicted_{name}"] = np.concatenate(answers)
+    return {f"saliency_{name}": array for name, array in arrays.items()}, notes
+
+
+def _class_maps(
+    apply_fn: ApplyFn, models: Mapping[str, Any], images: np.ndarray, labels: np.ndarray
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Grad-CAM ``[m, h, w]`` of every model, of the images' size."""
+    try:
+        specs = describe_layers(apply_fn, models["original"], images[:1])
+    except ValueError:  # no layers that are known, as the note on the embedding says
+        return {}, []
+    if last_convolution(specs) is None:
+        return {}, []
+
+    @jax.jit
+    def maps_fn(variables: Any, x: jax.Array, classes: jax.Array) -> jax.Array:
+        maps = grad_cam(apply_fn, specs, variables, x, classes)
+        return jax.image.resize(maps, x.shape[:3], "bilinear")
+
+    try:
+        maps = {m: np.asarray(maps_fn(v, images, labels), np.float32) for m, v in models.items()}
+    except ValueError as error:  # the convolution runs inside a lifted transform
+        return {}, [f"There are no saliency maps: {error}"]
+    return maps, []
+
+
+def _explained(outputs: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Places of a few examples, drawn first among those that the original model gets right."""
+    drawn = rng.permutation(len(labels))
+    right = outputs[drawn].argmax(-1) == labels[drawn]
+    return np.concatenate([drawn[right], drawn[~right]])[:_EXPLAINED]
 
 
 def _shown(source: Source, splits: Splits, seed: int) -> tuple[Examples, np.ndarray]:

@@ -125,6 +125,12 @@ class Batches:
             raise ValueError(f"of_class: no example of class {label}; wanted one of {present}")
         return self.select(np.flatnonzero(labels == label))
 
+    def sample(self, key: PRNGKeyArray, count: int | None) -> "Batches":
+        """``count`` of the examples, drawn without replacement; all if there are no more."""
+        if count is None or count >= self.num_examples:
+            return self
+        return self.select(jax.random.choice(key, self.num_examples, (count,), replace=False))
+
     def with_batch_size(self, batch_size: int) -> "Batches":
         """The same examples in batches of another size."""
         return replace(self, batch_size=batch_size)

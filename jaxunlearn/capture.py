@@ -146,13 +146,19 @@ def layer_inputs(apply_fn: ApplyFn, specs: Mapping[str, LayerSpec]) -> InputsFn:
       apply_fn: the model.
       specs: the layers to watch.
     """
-    capture = capture_inputs(apply_fn, specs)
+    return _LayerInputs(apply_fn, tuple(specs.items()))
 
-    def inputs_fn(variables: Any, batch: Mapping[str, Array]) -> dict[str, LayerInput]:
-        calls = capture(variables, batch["inputs"])
-        return {path: LayerInput(spec, calls[path]) for path, spec in specs.items()}
 
-    return inputs_fn
+@dataclass(frozen=True)
+class _LayerInputs:
+    """Equal for equal layers of one model, so that what is compiled for it is compiled once."""
+
+    apply_fn: ApplyFn
+    specs: tuple[tuple[str, LayerSpec], ...]
+
+    def __call__(self, variables: Any, batch: Mapping[str, Array]) -> dict[str, LayerInput]:
+        calls = capture_inputs(self.apply_fn, dict(self.specs))(variables, batch["inputs"])
+        return {path: LayerInput(spec, calls[path]) for path, spec in self.specs}
 
 
 def capture_outputs(

@@ -37,7 +37,9 @@ DataDir = Annotated[
 ]
 Weights = Annotated[
     Path | None,
-    typer.Option("--weights", help="Third-party weights (.npz) for the original model."),
+    typer.Option(
+        "--weights", help="Weights that PyTorch or Keras trained: .pth, .safetensors, .h5, .npz."
+    ),
 ]
 Devices = Annotated[
     int | None,

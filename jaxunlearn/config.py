@@ -93,6 +93,7 @@ class TrainConfig:
     flip: bool = False
     checkpoint: str | None = None
     weights: str | None = None
+    rules: str | None = None  # "package.module:RULES", which array of weights goes where
 
     def __post_init__(self) -> None:
         _require(
@@ -111,6 +112,11 @@ class TrainConfig:
         _require(
             self.checkpoint is None or self.weights is None,
             "checkpoint and weights exclude each other; write one of them",
+        )
+        _require(
+            self.rules is None or (self.weights is not None and all(self.rules.partition(":"))),
+            f"rules = {self.rules!r} with weights = {self.weights!r}; rules are written "
+            "'package.module:RULES' and say where the arrays of a weights file go",
         )
 
 

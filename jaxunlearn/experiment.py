@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxunlearn.assessment import assess, retain_sample
+from jaxunlearn.batches import Batches
 from jaxunlearn.config import RunConfig, to_mapping
 from jaxunlearn.data import Source, Splits
 from jaxunlearn.environment import describe_environment
@@ -183,9 +184,22 @@ def _unlearned(prepared: Prepared, key: jax.Array, original: Any) -> tuple[Any, 
         forget_classes=splits.forget_classes,
         augment=prepared.augment,
         mesh=prepared.mesh,
+        selection=_selection(prepared),
     )
     result = prepared.method.run(key, problem, prepared.method_config)
     return result.variables, {"info": result.info}
+
+
+def _selection(prepared: Prepared) -> tuple[Batches, Batches] | None:
+    """Test data to choose settings on, where the config asks for it: an upper bound."""
+    if getattr(prepared.method_config, "select_on", "train") != "test":
+        return None
+    test, splits = prepared.source.test, prepared.splits
+    forget, retain = (
+        Batches(test.inputs[at], test.labels[at], prepared.config.train.batch_size)
+        for at in (splits.forget_test, splits.retain_test)
+    )
+    return forget, retain
 
 
 def _evaluated(
@@ -194,6 +208,7 @@ def _evaluated(
     config, source, splits = prepared.config, prepared.source, prepared.splits
     info = dict(records["unlearn"]["info"])
     pseudo = info.pop("pseudo_labels", None)
+    said = info.pop("notes", [])
     with measured() as cost:
         result = assess(
             prepared.network.apply_fn,
@@ -206,7 +221,7 @@ def _evaluated(
             mesh=prepared.mesh,
         )
     environment = folder.environment
-    notes = _notes(prepared, records, environment) + result.notes
+    notes = _notes(prepared, records, environment) + said + result.notes
     records = records | {"evaluate": cost()._asdict()}
     report = {
         "schema_version": SCHEMA_VERSION,

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
+from jaxunlearn.batches import Batches
 from jaxunlearn.capture import InputsFn
 from jaxunlearn.conv_gram import images_at_once, lag_gram, lags_pay, row_gram, sum_over_images
 from jaxunlearn.layers import LayerInput, LayerSpec, Patches, inputs_as_rows, mask_examples
@@ -73,6 +75,12 @@ def patch_gram(
 def merge_grams(a: GramState, b: GramState) -> GramState:
     """Gram of two disjoint sets of examples."""
     return GramState(a.gram + b.gram, a.count + b.count)
+
+
+@jax.jit
+def merge_layers(a: Mapping[str, GramState], b: Mapping[str, GramState]) -> dict[str, GramState]:
+    """:func:`merge_grams` of every layer of ``a``."""
+    return {path: merge_grams(a[path], b[path]) for path in a}
 
 
 def downdate_gram(total: GramState, part: GramState) -> GramState:
@@ -141,12 +149,48 @@ def accumulate_gram(
     for batch in batches:
         arrays = shard_batch(mesh, {"inputs": batch["inputs"], "mask": batch["mask"]})
         part = _device_grams(mesh, inputs_fn, patches, variables, arrays)
-        total = part if total is None else _merge_all(total, part)
+        total = part if total is None else merge_layers(total, part)
     if total is None:
         raise ValueError("no batches to accumulate a Gram over; pass at least one")
     if mesh is not None:
         return unreplicate(mesh, _sum_devices(mesh, total))
     return total if axis_name is None else jax.lax.psum(total, axis_name)
+
+
+def accumulate_class_grams(
+    inputs_fn: InputsFn, variables: Any, batches: Batches, *, mesh: Mesh | None = None
+) -> dict[int, dict[str, GramState]]:
+    """Grams of every class by itself: one forward pass over the data for all requests to come.
+
+    The Gram of any set of classes is the sum of theirs (:func:`merge_grams`), so that every class
+    and every set of classes can be forgotten from this one pass. Memory: one Gram per layer and
+    class; for many classes of a wide model, take the total and the forget data instead
+    (:func:`downdate_gram`).
+
+    Args:
+      inputs_fn: from :func:`jaxunlearn.capture.layer_inputs`.
+      variables: the model's variables.
+      batches: labelled data.
+      mesh: see :func:`accumulate_gram`.
+
+    Returns:
+      ``{class: {path: GramState}}``, classes in increasing order.
+
+    Examples:
+      >>> import flax.linen as nn
+      >>> from jaxunlearn.capture import describe_layers, layer_inputs
+      >>> model, x = nn.Dense(2), jnp.array([[1.0], [2.0], [3.0]])
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> inputs_fn = layer_inputs(model.apply, describe_layers(model.apply, variables, x))
+      >>> batches = Batches(x, jnp.array([0, 1, 0]), batch_size=2)
+      >>> grams = accumulate_class_grams(inputs_fn, variables, batches)
+      >>> {k: states[""].gram.item() for k, states in grams.items()}
+      {0: 10.0, 1: 4.0}
+    """
+    return {
+        k: accumulate_gram(inputs_fn, variables, batches.of_class(k), mesh=mesh)
+        for k in np.unique(batches.labels).tolist()
+    }
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -187,11 +231,6 @@ def _batch_grams(
 ) -> dict[str, GramState]:
     layers = inputs_fn(variables, batch)
     return {path: layer_gram(x, batch["mask"], patches=patches) for path, x in layers.items()}
-
-
-@jax.jit
-def _merge_all(a: dict[str, GramState], b: dict[str, GramState]) -> dict[str, GramState]:
-    return {path: merge_grams(a[path], b[path]) for path in a}
 
 
 def _call_gram(spec: LayerSpec, x: Array, patches: Patches) -> Float[Array, "*lead d d"]:

@@ -4,10 +4,10 @@ Everything here broadcasts over leading axes, so a stack of equal-sized Grams (l
 groups of a convolution) is decomposed in one call.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,41 @@ _NEARLY = 1.5  # after one step Ritz values are still too small, and ask for too
 def symmetrize(matrix: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
     """Symmetric part ``(A + Aᵀ) / 2``: float sums of ``xxᵀ`` are symmetric only up to rounding."""
     return (matrix + matrix.mT) / 2
+
+
+def one_by_one(function: Callable[..., Any], *arrays: Array) -> Any:
+    """``function`` of matrices, mapped over their leading axes: batched, but a loop on a CPU.
+
+    On the CPU backend jaxlib (0.10 at least) splits a batched LAPACK call over the threads that it
+    runs on itself, and waits for them; as many such calls at once as there are threads, two on two
+    cores, wait for each other for ever. Calls on single matrices split nothing.
+
+    Args:
+      function: on arrays of two axes.
+      arrays: ``[*batch, n, m]`` each, with the same leading axes.
+
+    Examples:
+      >>> one_by_one(jnp.linalg.cholesky, jnp.array([[[4.0]], [[9.0]]])).ravel().tolist()
+      [2.0, 3.0]
+    """
+    batch = arrays[0].shape[:-2]
+    if not batch:
+        return function(*arrays)
+    flat = [x.reshape(-1, *x.shape[-2:]) for x in arrays]
+    results = over_each(lambda each: function(*each), tuple(flat))
+    return jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), results)
+
+
+def over_each(function: Callable[[Any], Any], xs: Any) -> Any:
+    """``jax.vmap(function)(xs)``; on the CPU backend a loop, see :func:`one_by_one`.
+
+    Examples:
+      >>> over_each(jnp.sum, jnp.ones((2, 3))).tolist()
+      [3.0, 3.0]
+    """
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(function, xs)
+    return jax.vmap(function)(xs)
 
 
 def psd_eigh(
@@ -47,7 +82,8 @@ def psd_eigh(
       >>> w.tolist()
       [3.0, 1.0]
     """
-    w, U = jnp.linalg.eigh(symmetrize(gram), symmetrize_input=False)
+    eigh = partial(jnp.linalg.eigh, symmetrize_input=False)
+    w, U = one_by_one(eigh, symmetrize(gram))
     return jnp.maximum(w[..., ::-1], 0), U[..., ::-1]
 
 

@@ -8,7 +8,7 @@ import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from jaxunlearn.checkpoint import restore_variables
 from jaxunlearn.config import DataConfig, ModelConfig, RetrainConfig, TrainConfig, resolve_path
 from jaxunlearn.convolution import fast_convolutions
 from jaxunlearn.data import Source
-from jaxunlearn.models import TORCH_RULES, build, from_torch, read_arrays
+from jaxunlearn.models import WEIGHT_RULES, Rules, build, load_weights
 from jaxunlearn.preprocessing import normalizer
 
 # How modules are told that they train, and what they are told.
@@ -137,31 +137,38 @@ def given_variables(
     Raises:
       FileNotFoundError: not there.
       ValueError: weights of another model, NaN or inf in them, a torn or foreign file, or no rules
-        for reading weights into this model.
+        for reading weights into this model, or none where ``rules`` says.
     """
-    weights = given.weights if isinstance(given, TrainConfig) else None
     try:
         if given.checkpoint is not None:
             return restore_variables(resolve_path(given.checkpoint), network.template)
-        return None if weights is None else _third_party(network, model, weights)
+        if isinstance(given, TrainConfig) and given.weights is not None:
+            rules = _rules(model, given.rules)
+            return load_weights(resolve_path(given.weights), network.template, rules)
+        return None
     except (ValueError, FileNotFoundError) as error:
         key = "checkpoint" if given.checkpoint is not None else "weights"
         raise type(error)(f"{section}.{key}: {error}") from error
 
 
-def _third_party(network: Network, model: ModelConfig, weights: str) -> Any:
-    if model.name not in TORCH_RULES:
+def _rules(model: ModelConfig, named: str | None) -> Rules:
+    """The config's own rules, else those of a model of ours."""
+    if named is not None:
+        found = _imported(named, "rules", "list")
+        rows = list(found) if isinstance(found, Iterable) else []
+        if not rows or not all(isinstance(row, tuple) and len(row) in (2, 4) for row in rows):
+            raise ValueError(
+                f"rules = {named!r} is a {type(found).__name__}; wanted a list of "
+                "jaxunlearn.models.Rule, or of pairs of a regular expression and a path"
+            )
+        return rows
+    if model.name not in WEIGHT_RULES:
         raise ValueError(
             f"no rules for reading third-party weights into model {model.name or model.factory}, "
-            f"only into {', '.join(TORCH_RULES)}; convert them with jaxunlearn.models.from_torch, "
-            "save them with jaxunlearn.save_variables and name that folder as train.checkpoint"
+            f"only into {', '.join(WEIGHT_RULES)}; write yours as a list of jaxunlearn.models.Rule "
+            "and name it: train.rules = 'package.module:RULES'"
         )
-    path = resolve_path(weights)
-    arrays = read_arrays(path)
-    try:
-        return from_torch(arrays, network.template, TORCH_RULES[model.name])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return WEIGHT_RULES[model.name]
 
 
 def _mode(module: nn.Module, *, train: bool) -> dict[str, Any]:
@@ -172,25 +179,10 @@ def _mode(module: nn.Module, *, train: bool) -> dict[str, Any]:
 
 
 def _from_factory(factory: str, options: dict[str, Any]) -> nn.Module:
-    module_name, _, function_name = factory.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)  # as python -m does; an installed command does not
-    try:
-        found = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"model.factory = {factory!r}: {error}; install the package, or run in the folder that "
-            "holds it"
-        ) from error
-    except Exception as error:  # whatever a user's module raises
-        raise ValueError(f"model.factory = {factory!r}: {_named(error)}") from error
-    function = getattr(found, function_name, None)
+    function = _imported(factory, "model.factory", "function")
     if not callable(function):
-        public = [name for name, value in vars(found).items() if callable(value)]
-        nearest = difflib.get_close_matches(function_name, public, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(public)}"
         raise ValueError(
-            f"model.factory = {factory!r}: {module_name} has no function {function_name!r}; {hint}"
+            f"model.factory = {factory!r} is a {type(function).__name__}; wanted a function"
         )
     try:
         module = function(**options)
@@ -201,6 +193,27 @@ def _from_factory(factory: str, options: dict[str, Any]) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ValueError(f"model.factory = {factory!r} returned {module!r}; wanted a linen module")
     return module
+
+
+def _imported(named: str, key: str, kind: str) -> Any:
+    """What ``package.module:NAME`` is; the config's key and the kind are for the messages."""
+    module_name, _, name = named.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # as python -m does; an installed command does not
+    try:
+        found = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{key} = {named!r}: {error}; install the package, or run in the folder that holds it"
+        ) from error
+    except Exception as error:  # whatever a user's module raises
+        raise ValueError(f"{key} = {named!r}: {_named(error)}") from error
+    if not hasattr(found, name):
+        public = [known for known in vars(found) if not known.startswith("_")]
+        nearest = difflib.get_close_matches(name, public, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(public)}"
+        raise ValueError(f"{key} = {named!r}: {module_name} has no {kind} {name!r}; {hint}")
+    return getattr(found, name)
 
 
 def _named(error: Exception) -> str:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxunlearn.layers import LayerSpec
-from jaxunlearn.linalg import HIGHEST
+from jaxunlearn.linalg import HIGHEST, one_by_one
 
 
 @runtime_checkable
@@ -133,6 +133,10 @@ class DualProjector(NamedTuple):
 
 
 def _cholesky_solve(factor: Array, x: Array) -> Array:
+    return one_by_one(_solve, factor, x)
+
+
+def _solve(factor: Array, x: Array) -> Array:
     solve = jax.lax.linalg.triangular_solve
     half = solve(factor, x, left_side=True, lower=True)
     return solve(factor, half, left_side=True, lower=True, transpose_a=True)

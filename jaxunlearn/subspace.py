@@ -1,8 +1,8 @@
 """Eigenspaces of Grams and the projectors on them.
 
 A Gram is the statistic, a projector (:mod:`jaxunlearn.projectors`) the answer. Everything here
-broadcasts over leading axes and can be ``vmap``ped over energies and alphas, but for what says that
-it runs outside ``jit``.
+broadcasts over leading axes and can be ``vmap``ped over energies, but for what says that it runs
+outside ``jit``.
 
 With fewer rows than features, the same projectors come from the ``n x n`` Gram of the rows'
 inner products, ``X Xᵀ``: its eigenvalues are those of ``XᵀX``, and ``u = Xᵀ v / √w``.
@@ -21,14 +21,8 @@ from jaxunlearn.linalg import (
     energy_mask,
     psd_eigh,
     randomized_eigh,
-    symmetrize,
 )
-from jaxunlearn.projectors import (
-    CholeskyProjector,
-    DualProjector,
-    SpectralProjector,
-    identity_like,
-)
+from jaxunlearn.projectors import SpectralProjector
 
 Solver = Literal["auto", "eigh", "randomized"]
 
@@ -77,7 +71,7 @@ def eigenbasis_of_rows(rows: Float[Array, "*batch n d"]) -> Eigenbasis:
         return eigenbasis(jnp.matmul(rows.mT, rows, precision=HIGHEST))
     w, V = psd_eigh(jnp.matmul(rows, rows.mT, precision=HIGHEST))
     noise = n * jnp.finfo(w.dtype).eps * w[..., :1]
-    scale = jnp.where(w > noise, 1 / jnp.sqrt(_nonzero(w)), 0)
+    scale = jnp.where(w > noise, 1 / jnp.sqrt(nonzero(w)), 0)
     U = jnp.matmul(rows.mT, V, precision=HIGHEST) * scale[..., None, :]
     return Eigenbasis(jnp.where(w > noise, w, 0), U)
 
@@ -176,77 +170,6 @@ def null_space(
     return SpectralProjector(top.basis, -top.weights, jnp.ones((), top.weights.dtype))
 
 
-def importance(basis: Eigenbasis, *, alpha: float | Float[Array, ""]) -> SpectralProjector:
-    """Soft projector with weights ``λ = α s / ((α-1) s + 1)``, ``s`` the trace-normalised spectrum.
-
-    ``α → 0`` gives 0, ``α = 1`` the normalised Gram itself, ``α → ∞`` the projector on the span.
-    Deep Unlearning (arXiv:2312.00761), Eq. of the importance scaling. A zero Gram gives ``P = 0``.
-
-    Args:
-      basis: of a Gram.
-      alpha: positive scaling.
-
-    Examples:
-      >>> importance(eigenbasis(jnp.diag(jnp.array([1.0, 3.0]))), alpha=3.0).weights.tolist()
-      [0.8999999761581421, 0.5]
-    """
-    s = basis.eigenvalues / _nonzero(jnp.sum(basis.eigenvalues, axis=-1, keepdims=True))
-    # The same denominator as (α-1) s + 1, which cancels to 0 at s = 1 and a tiny α.
-    weights = alpha * s / (alpha * s + (1 - s))
-    return SpectralProjector(basis.eigenvectors, weights, jnp.zeros((), weights.dtype))
-
-
-def importance_solve(
-    gram: Float[Array, "*batch d d"], *, alpha: float | Float[Array, ""]
-) -> CholeskyProjector:
-    """The map of :func:`importance` by one Cholesky factorisation (``d³/3`` flops) of a Gram.
-
-    The factorised matrix has eigenvalues between ``min(1, α)`` and ``max(1, α)``: float32 is safe
-    to ``α = 3000``.
-
-    Args:
-      gram: ``[..., d, d]``.
-      alpha: positive scaling.
-
-    Examples:
-      >>> P = importance_solve(jnp.diag(jnp.array([1.0, 3.0])), alpha=3.0)
-      >>> [round(x, 5) for x in jnp.diag(P.dense()).tolist()]
-      [0.5, 0.9]
-    """
-    trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-    normalised = symmetrize(gram) / _nonzero(trace)
-    alpha = jnp.asarray(alpha, normalised.dtype)
-    return CholeskyProjector(normalised, _shifted_factor(normalised, alpha), alpha)
-
-
-def importance_solve_rows(
-    rows: Float[Array, "*batch n d"], *, alpha: float | Float[Array, ""]
-) -> DualProjector | CholeskyProjector:
-    """The map of :func:`importance_solve` from the rows, by the smaller of the two Grams.
-
-    Args:
-      rows: ``[..., n, d]``.
-      alpha: positive scaling.
-
-    Returns:
-      For ``n < d`` a :class:`DualProjector` (``2 n² d + n³/3`` flops), else a
-      :class:`CholeskyProjector`.
-
-    Examples:
-      >>> P = importance_solve_rows(jnp.array([[0.0, 3.0]]), alpha=3.0)
-      >>> P.dense().round(5).tolist()
-      [[0.0, 0.0], [0.0, 1.0]]
-    """
-    n, d = rows.shape[-2:]
-    if n >= d:
-        return importance_solve(jnp.matmul(rows.mT, rows, precision=HIGHEST), alpha=alpha)
-    size = jnp.sqrt(jnp.sum(rows**2, axis=(-2, -1), keepdims=True))
-    normalised = rows / _nonzero(size)
-    alpha = jnp.asarray(alpha, rows.dtype)
-    inner = jnp.matmul(normalised, normalised.mT, precision=HIGHEST)
-    return DualProjector(normalised, _shifted_factor(inner, alpha), alpha)
-
-
 def truncate(projector: SpectralProjector) -> SpectralProjector:
     """The same hard projector with the fewer directions stored: its own or its complement's.
 
@@ -287,12 +210,6 @@ def truncate(projector: SpectralProjector) -> SpectralProjector:
 _eigenbasis = jax.jit(eigenbasis)
 
 
-def _shifted_factor(
-    normalised: Float[Array, "*batch d d"], alpha: Float[Array, ""]
-) -> Float[Array, "*batch d d"]:
-    """Cholesky factor of ``(α-1) A + I`` for a positive semi-definite ``A`` of trace 1."""
-    return jnp.linalg.cholesky((alpha - 1) * normalised + identity_like(normalised))
-
-
-def _nonzero(x: Array) -> Array:
+def nonzero(x: Array) -> Array:
+    """``x``, and 1 where it is 0: a divisor for what is 0 as well."""
     return jnp.where(x > 0, x, jnp.ones((), x.dtype))

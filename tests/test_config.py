@@ -213,6 +213,9 @@ def test_a_factory_takes_the_place_of_the_default_network():
 def test_sections_made_in_python_are_checked_for_contradictions_too():
     with pytest.raises(ValueError, match="checkpoint and weights exclude each other"):
         TrainConfig(checkpoint="a", weights="b")
+    for given in ({"rules": "nets:RULES"}, {"rules": "nets.RULES", "weights": "net.pth"}):
+        with pytest.raises(ValueError, match=r"rules are written 'package\.module:RULES'"):
+            TrainConfig(**given)
 
 
 @dataclass(frozen=True)

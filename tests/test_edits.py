@@ -10,13 +10,8 @@ from jaxunlearn.capture import describe_layers, layer_inputs
 from jaxunlearn.edits import suppress_subspace
 from jaxunlearn.gram import accumulate_gram
 from jaxunlearn.layers import LayerSpec
-from jaxunlearn.subspace import (
-    eigenbasis,
-    importance,
-    importance_solve,
-    importance_solve_rows,
-    top_eigenspace,
-)
+from jaxunlearn.soft_projectors import importance, importance_solve, importance_solve_rows
+from jaxunlearn.subspace import eigenbasis, top_eigenspace
 
 SPEC = {"fc": LayerSpec("fc", (6, 3))}
 PARAMS = {

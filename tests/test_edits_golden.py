@@ -17,7 +17,8 @@ from jaxunlearn.batches import Batches
 from jaxunlearn.capture import describe_layers, layer_inputs
 from jaxunlearn.edits import suppress_subspace
 from jaxunlearn.gram import accumulate_gram
-from jaxunlearn.subspace import importance_solve
+from jaxunlearn.models import Rule, from_torch
+from jaxunlearn.soft_projectors import importance_solve
 
 # Absolute, for projections, weights and outputs; Grams relative to their largest entry.
 TOLERANCE = {"float32": 1e-5, "float64": 1e-6}
@@ -97,23 +98,11 @@ class Demo(nn.Module):
 
 
 class Case(NamedTuple):
-    """A network; flax paths by torch module, and by stored layer those that read its input."""
+    """A network; where torch's arrays go; by stored layer the flax paths that read its input."""
 
     model: nn.Module
-    modules: dict[str, str]
+    rules: list
     layers: dict[str, tuple[str, ...]]
-
-
-def _encoder_modules(i):
-    parts = {
-        "ln_1": "ln_1",
-        "ln_2": "ln_2",
-        "mlp.0": "mlp0",
-        "mlp.3": "mlp3",
-        **{f"self_attention.{part}": f"attention/{part}" for part in ("query", "key", "value")},
-        "self_attention.out_proj": "attention/out",
-    }
-    return {f"encoder.layers.encoder_layer_{i}.{k}": f"block{i}/{v}" for k, v in parts.items()}
 
 
 def _encoder_layers(i, stored):
@@ -127,25 +116,40 @@ def _encoder_layers(i, stored):
     }
 
 
+ENCODER = r"encoder\.layers\.encoder_layer_(\d)\."
 CASES = {
     "vgg": Case(
         VGG(),
-        {f"features.{place}": f"conv{i}" for i, place in enumerate((0, 4, 7, 11))}
-        | {f"features.{place}": f"norm{i}" for i, place in enumerate((1, 5, 8, 12))}
-        | {f"classifier.{place}": f"fc{i}" for i, place in enumerate((0, 3, 6), start=4)},
+        [
+            *((rf"features\.{place}", f"conv{i}") for i, place in enumerate((0, 4, 7, 11))),
+            *((rf"features\.{place}", f"norm{i}") for i, place in enumerate((1, 5, 8, 12))),
+            *((rf"classifier\.{place}", f"fc{i}") for i, place in enumerate((0, 3, 6), start=4)),
+        ],
         {name: (name,) for name in ("conv0", "conv1", "conv2", "conv3", "fc4", "fc5", "fc6")},
     ),
     "resblock": Case(
         ResidualBlock(),
-        {name: name for name in ("conv1", "bn1", "conv2", "bn2")}
-        | {"downsample.0": "downsample", "downsample.1": "downsample_norm"},
+        [
+            (r"(conv|bn)(\d)", r"\1\2"),
+            (r"downsample\.0", "downsample"),
+            (r"downsample\.1", "downsample_norm"),
+        ],
         {name: (name,) for name in ("conv1", "conv2", "downsample")},
     ),
     "vit": Case(
         Transformer(),
-        {"": "", "encoder": "", "conv_proj": "conv_proj", "encoder.ln": "ln", "heads.head": "head"}
-        | _encoder_modules(0)
-        | _encoder_modules(1),
+        [
+            ("conv_proj|class_token", r"\g<0>"),
+            (r"(encoder|heads)\.(pos_embedding|ln|head)", r"\2"),
+            (rf"{ENCODER}(ln_\d)", r"block\1/\2"),
+            (rf"{ENCODER}mlp\.(\d)", r"block\1/mlp\2"),
+            (rf"{ENCODER}self_attention\.out_proj", r"block\1/attention/out"),
+            Rule(
+                rf"{ENCODER}self_attention\.in_proj",
+                r"block\1/attention",
+                split=("query", "key", "value"),
+            ),
+        ],
         {"conv_proj.conv0": ("conv_proj",), "heads.linear0": ("head",)}
         | _encoder_layers(0, "encoder")
         | _encoder_layers(1, "encoderblock1."),
@@ -153,35 +157,7 @@ CASES = {
 }
 
 
-# --- from torch's names and layouts to flax's ----------------------------------------------------
-
-
-def unpacked(arrays):
-    """The same arrays with q, k and v, which torch stacks as [3 d, d], each by itself."""
-    for name, array in arrays.items():
-        attention, packed, leaf = name.partition("in_proj_")
-        if packed:
-            for part, third in zip(("query", "key", "value"), np.split(array, 3), strict=True):
-                yield f"{attention}{part}.{leaf}", third
-        else:
-            yield name, array
-
-
-def flax_leaves(case, arrays, shapes):
-    """Torch's arrays as leaves by flax path; ``shapes`` splits an axis into heads."""
-    leaves = {}
-    for name, array in unpacked(arrays):
-        module, _, leaf = name.rpartition(".")
-        if leaf.startswith("running_"):
-            collection, leaf = "batch_stats", leaf.removeprefix("running_")
-        else:
-            collection = "params"
-        if leaf == "weight":
-            leaf = "scale" if array.ndim == 1 else "kernel"
-            array = np.moveaxis(array, (0, 1), (-1, -2)) if array.ndim > 1 else array
-        path = (collection, *filter(None, case.modules[module].split("/")), leaf)
-        leaves[path] = array.reshape(shapes[path].shape)
-    return leaves
+# --- from torch's layouts to flax's --------------------------------------------------------------
 
 
 def in_flax_order(matrix, spec):
@@ -236,7 +212,7 @@ def run(request, golden):
 def deep_unlearning(case, stored, dtype):
     images = {side: nhwc(stored[f"x_{side}"]).astype(dtype) for side in ("retain", "forget")}
     both = np.concatenate(list(images.values()))
-    variables = variables_of(case, stored, both)
+    variables = variables_of(case, selected(stored, "param__"), both)
     specs = describe_layers(case.model.apply, variables, both)
     grams = grams_of_sides(case, specs, variables, images)
 
@@ -260,11 +236,17 @@ def deep_unlearning(case, stored, dtype):
     return specs, jax.device_get(results)
 
 
-def variables_of(case, stored, inputs):
-    shapes = flatten_dict(jax.eval_shape(case.model.init, jax.random.key(0), inputs))
-    leaves = flax_leaves(case, selected(stored, "param__"), shapes)
-    assert leaves.keys() == shapes.keys()
-    return unflatten_dict({path: jnp.asarray(v, inputs.dtype) for path, v in leaves.items()})
+def variables_of(case, arrays, inputs):
+    """Torch's arrays as variables of the dtype of the inputs."""
+    shapes = jax.eval_shape(case.model.init, jax.random.key(0), inputs)
+    template = jax.tree.map(lambda leaf: leaf.update(dtype=inputs.dtype), shapes)
+    return from_torch(arrays, template, case.rules)
+
+
+def edited_leaves(case, stored, pair, leaves):
+    """All leaves after the edit of a pair of alphas."""
+    arrays = selected(stored, "param__") | selected(stored, f"new__{pair}__")
+    return flatten_dict(from_torch(arrays, unflatten_dict(leaves), case.rules))
 
 
 def pairs_of(stored):
@@ -321,12 +303,12 @@ def test_layers_get_the_projections_of_the_reference_code(run):
 def test_kernels_get_the_weights_of_the_reference_code_and_nothing_else_changes(run):
     assert len(run.edited) == 3
     kept = {path: leaf for path, leaf in run.leaves.items() if path[0] == "params"}
+    kernels = {("params", *path.split("/"), "kernel") for path in run.specs}
     for pair, edited in run.edited.items():
-        new = flax_leaves(run.case, selected(run.stored, f"new__{pair}__"), run.leaves)
-        assert len(new) == len(run.specs)
-        assert edited.keys() == kept.keys()
+        new = edited_leaves(run.case, run.stored, pair, run.leaves)
+        assert edited.keys() == kept.keys() > kernels
         for path, leaf in edited.items():
-            if path in new:
+            if path in kernels:
                 np.testing.assert_allclose(leaf, new[path], atol=run.atol, err_msg="/".join(path))
             else:
                 np.testing.assert_array_equal(leaf, kept[path], err_msg="/".join(path))
@@ -354,10 +336,9 @@ def test_the_grid_of_the_demo_has_the_accuracies_and_weights_of_the_reference_co
     """All pairs in one compilation; a point on a boundary may fall on either side."""
     with np.load(golden / "deep_unlearning_toy.npz") as file:
         stored = dict(file)
-    names = [*(f"fc{i}" for i in range(1, 6)), *(f"bn{i}" for i in range(1, 5))]
-    case = Case(Demo(), {name: name for name in names}, {})
+    case = Case(Demo(), [(r"\w+", r"\g<0>")], {})
     x, y = stored["x_train"], stored["y_train"]
-    variables = variables_of(case, stored, x)
+    variables = variables_of(case, selected(stored, "param__"), x)
     specs = describe_layers(case.model.apply, variables, x)
     grams = grams_of_sides(case, specs, variables, {"retain": x[y != 0], "forget": x[y == 0]})
 
@@ -381,7 +362,7 @@ def test_the_grid_of_the_demo_has_the_accuracies_and_weights_of_the_reference_co
     for pair in pairs_of(stored):
         alpha_r, alpha_f = (float(alpha) for alpha in pair.removeprefix("ar").split("__af"))
         (row,) = np.flatnonzero((alphas["r"] == alpha_r) & (alphas["f"] == alpha_f))
-        new = flax_leaves(case, selected(stored, f"new__{pair}__"), flatten_dict(variables))
-        for path, expected in new.items():
+        new = edited_leaves(case, stored, pair, flatten_dict(variables))
+        for path, leaf in edited.items():
             name = "/".join((pair, *path))
-            np.testing.assert_allclose(edited[path][row], expected, atol=1e-4, err_msg=name)
+            np.testing.assert_allclose(leaf[row], new[path], atol=1e-4, err_msg=name)

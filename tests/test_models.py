@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxunlearn.models import MLP, MODELS, AllCNN, ViT, build
 from jaxunlearn.models.blocks import ConvBlock, batch_norm
@@ -29,6 +28,9 @@ COUNTS = [
     ("resnet18", 100, {}, (32, 32, 3), 11_220_132),
     ("vit", 10, {}, (32, 32, 3), 5_362_762),
     ("vit", 1000, VIT_B16, (224, 224, 3), 86_567_656),
+    ("resnet8", 10, {}, (32, 32, 3), 78_186),
+    ("tinyvgg", 10, {}, (28, 28, 1), 7_740),
+    ("cnn39k", 10, {}, (28, 28, 1), 39_410),
 ]
 
 IMAGES = (2, 32, 32, 1)
@@ -46,6 +48,9 @@ TINY = {
     "resnet56": NARROW,
     "resnet18": {"channels": (2, 2, 4, 4)},
     "vit": {"patch": 16, "dim": 4, "depth": 2, "heads": 2, "mlp_dim": 6},
+    "resnet8": NARROW,
+    "tinyvgg": {"channels": 2},
+    "cnn39k": {"channels": 2},
 }
 
 
@@ -182,51 +187,6 @@ def test_host_arrays_are_inputs_too(images):
     np.testing.assert_array_equal(
         model.apply(variables, np.asarray(images)), model.apply(variables, images)
     )
-
-
-def _torch_vit_leaves(arrays, heads):
-    """Leaves of ``ViT`` from torchvision's names: q, k and v come packed in one matrix."""
-    names = {
-        "class_token": arrays["class_token"],
-        "positions": arrays["encoder.pos_embedding"],
-        "patches/kernel": arrays["conv_proj.weight"].transpose(2, 3, 1, 0),
-        "patches/bias": arrays["conv_proj.bias"],
-        "norm/scale": arrays["encoder.ln.weight"],
-        "norm/bias": arrays["encoder.ln.bias"],
-        "head/kernel": arrays["heads.head.weight"].T,
-        "head/bias": arrays["heads.head.bias"],
-    }
-    for block in (0, 1):
-        old, new = f"encoder.layers.encoder_layer_{block}.", f"block{block + 1}/"
-        for torch, ours in (("mlp.0", "dense1"), ("mlp.3", "dense2")):
-            names[f"{new}{ours}/kernel"] = arrays[f"{old}{torch}.weight"].T
-            names[f"{new}{ours}/bias"] = arrays[f"{old}{torch}.bias"]
-        for number in (1, 2):
-            names[f"{new}norm{number}/scale"] = arrays[f"{old}ln_{number}.weight"]
-            names[f"{new}norm{number}/bias"] = arrays[f"{old}ln_{number}.bias"]
-        packed = arrays[f"{old}self_attention.in_proj_weight"]
-        packed_bias = arrays[f"{old}self_attention.in_proj_bias"]
-        for part, matrix, bias in zip(
-            ("query", "key", "value"), np.split(packed, 3), np.split(packed_bias, 3), strict=True
-        ):
-            names[f"{new}attention/{part}/kernel"] = matrix.T.reshape(len(matrix), heads, -1)
-            names[f"{new}attention/{part}/bias"] = bias.reshape(heads, -1)
-        out = arrays[f"{old}self_attention.out_proj.weight"]
-        names[f"{new}attention/out/kernel"] = out.T.reshape(heads, -1, len(out))
-        names[f"{new}attention/out/bias"] = arrays[f"{old}self_attention.out_proj.bias"]
-    return {name: jnp.asarray(array) for name, array in names.items()}
-
-
-def test_vit_agrees_with_the_reference_transformer(golden):
-    with np.load(golden / "deep_unlearning_vit.npz") as file:
-        stored = dict(file)
-    arrays = {k.removeprefix("param__"): v for k, v in stored.items() if k.startswith("param__")}
-    model = ViT(patch=4, dim=16, depth=2, heads=2, mlp_dim=24, num_classes=5)
-    images = jnp.asarray(stored["x_retain"].transpose(0, 2, 3, 1))
-    params = unflatten_dict(_torch_vit_leaves(arrays, heads=2), sep="/")
-    assert flatten_dict(params).keys() == flatten_dict(shapes(model, images.shape)["params"]).keys()
-    log_probs = nn.log_softmax(jax.jit(model.apply)({"params": params}, images))
-    np.testing.assert_allclose(log_probs, stored["out_retain_before"], atol=1e-5)
 
 
 def test_lists_of_configuration_files_become_tuples():

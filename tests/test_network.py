@@ -14,7 +14,7 @@ from jaxunlearn.config import (
     TrainConfig,
     config_from_mapping,
 )
-from jaxunlearn.models import MLP
+from jaxunlearn.models import MLP, Rule
 from jaxunlearn.network import build_network, given_variables, with_preprocessing
 from jaxunlearn.sources import from_arrays
 
@@ -166,7 +166,7 @@ def test_a_factory_is_found_in_the_working_directory_and_gets_its_options(tmp_pa
     [
         ("no_such_package.nets:net", {}, "No module named 'no_such_package'; install the package"),
         (f"{__name__}:the_modul", {}, "has no function 'the_modul'; did you mean 'the_module'"),
-        (f"{__name__}:SOURCE", {}, "has no function 'SOURCE'"),
+        (f"{__name__}:SOURCE", {}, "SOURCE' is a Source; wanted a function"),
         (f"{__name__}:broken", {}, r"with the options \{\}: KeyError: 'depth'"),
         (f"{__name__}:the_module", {"width": 3}, "TypeError: .*unexpected keyword .*'width'"),
         (f"{__name__}:no_module", {}, "returned 3; wanted a linen module"),
@@ -322,10 +322,45 @@ def test_weights_that_do_not_fit_are_refused_with_file_and_array(allcnn, tmp_pat
         given(allcnn, weights=str(tmp_path / "net.npz"))
 
 
+# What the configs of these tests name as their rules.
+OWN_RULES = [("hidden", "dense1"), Rule("out", "head")]
+NO_RULES = ["hidden", "out"]
+
+
+def test_rules_of_the_users_own_say_where_arrays_go(tmp_path):
+    network = build_network(SMALL, DATA, SOURCE)
+    rng = np.random.default_rng(0)
+    arrays = {"hidden.weight": (5, 32), "hidden.bias": (5,), "out.weight": (3, 5), "out.bias": (3,)}
+    arrays = {name: rng.normal(size=shape) for name, shape in arrays.items()}
+    np.savez(tmp_path / "torch.npz", **arrays)
+    keras = {"hidden/kernel": arrays["hidden.weight"].T, "hidden/bias": arrays["hidden.bias"]}
+    keras |= {"out/kernel": arrays["out.weight"].T, "out/bias": arrays["out.bias"]}
+    np.savez(tmp_path / "keras.npz", **keras)
+    named = {"rules": f"{__name__}:OWN_RULES"}
+    a, b = (
+        given(network, SMALL, weights=str(tmp_path / name), **named)
+        for name in ("torch.npz", "keras.npz")
+    )
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    np.testing.assert_allclose(a["params"]["head"]["kernel"], arrays["out.weight"].T, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (f"{__name__}:OWN_RULE", "has no list 'OWN_RULE'; did you mean 'OWN_RULES'"),
+        (f"{__name__}:NO_RULES", "NO_RULES' is a list; wanted a list of jaxunlearn.models.Rule"),
+        (f"{__name__}:SMALL", "SMALL' is a ModelConfig; wanted a list of"),
+        ("no_such_package:RULES", "install the package"),
+    ],
+)
+def test_rules_that_are_none_are_refused(rules, message):
+    with pytest.raises(ValueError, match=rf"^train\.weights: rules = .*{message}"):
+        given(build_network(SMALL, DATA, SOURCE), SMALL, weights="any.npz", rules=rules)
+
+
 def test_weights_for_a_model_without_rules_are_refused_with_the_way_round(tmp_path):
     network = build_network(SMALL, DATA, SOURCE)
-    message = (
-        r"no rules .* into model mlp, only into allcnn, .*from_torch, save .* train.checkpoint"
-    )
+    message = "no rules .* into model mlp, only into allcnn, .* name it: train.rules ="
     with pytest.raises(ValueError, match=message):
         given(network, SMALL, weights=str(tmp_path / "net.npz"))

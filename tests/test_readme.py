@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from jaxunlearn.cli import app
 from jaxunlearn.config import RunConfig, config_from_mapping, fingerprint, to_mapping
 from jaxunlearn.evaluation.membership import SVCAttack
-from jaxunlearn.methods import METHODS, UNSCConfig
+from jaxunlearn.methods import METHODS, DeepUnlearningConfig, UNSCConfig
 from jaxunlearn.models import MODELS
 from jaxunlearn.preparation import prepare
 from jaxunlearn.report import example_arrays
@@ -246,8 +246,12 @@ def _written(value):
 
 @pytest.mark.parametrize(
     ("page", "config"),
-    [("configuration.md", RunConfig), ("unsc.md", UNSCConfig)],
-    ids=["configuration", "unsc"],
+    [
+        ("configuration.md", RunConfig),
+        ("unsc.md", UNSCConfig),
+        ("deep-unlearning.md", DeepUnlearningConfig),
+    ],
+    ids=["configuration", "unsc", "deep_unlearning"],
 )
 def test_every_setting_is_documented_with_its_default(page, config):
     rows = _rows(ROOT / "docs" / page)

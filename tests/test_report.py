@@ -148,7 +148,7 @@ def test_a_sampled_retain_set_is_announced(report):
 def test_forgotten_examples_are_counted_where_no_class_is_forgotten(report):
     report["problem"] |= {"scope": "random", "forget_classes": []}
     assert "120 of 360 training examples (scope: random)" in render_markdown(report)
-    assert len(report_figures(report, {})) == 4
+    assert "Pseudo-labels" in report_figures(report, {})
 
 
 def test_layers_with_other_columns_are_listed_but_not_drawn(report):
@@ -164,7 +164,7 @@ def test_the_page_is_self_contained(report):
     page = render_html(report, report_figures(report, example_arrays()))
     assert not re.search(r"<(script|link|iframe|object)|@import|https?://", page)
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page) + re.findall(r"url\((.{5})", page)
-    assert len(sources) == 5
+    assert len(sources) == 6
     assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
 
 
@@ -200,11 +200,21 @@ def test_a_bare_report_renders():
 # --- figures ---
 
 
-@pytest.mark.parametrize(("k", "retrained"), [(2, True), (10, False), (12, True), (100, True)])
-def test_no_label_overlaps_its_neighbour_or_leaves_the_sheet(k, retrained):
-    report = example_report(k, retrained=retrained)
+@pytest.mark.parametrize(
+    ("k", "retrained", "method"),
+    [
+        (2, True, "deep_unlearning"),
+        (10, False, "unsc"),
+        (12, True, "deep_unlearning"),
+        (100, True, "unsc"),
+        (100, False, "deep_unlearning"),
+    ],
+)
+def test_no_label_overlaps_its_neighbour_or_leaves_the_sheet(k, retrained, method):
+    report = example_report(k, retrained=retrained, method=method)
     report["problem"]["class_names"] = [f"a rather_long name {c}" for c in range(k)]
-    for figure in report_figures(report, example_arrays(k, retrained=retrained)).values():
+    arrays = example_arrays(k, retrained=retrained, images=method == "deep_unlearning")
+    for figure in report_figures(report, arrays).values():
         figure.draw_without_rendering()
         sheet = figure.bbox.padded(1)
         for axes in figure.axes:
@@ -217,6 +227,8 @@ def test_no_label_overlaps_its_neighbour_or_leaves_the_sheet(k, retrained):
                 assert not any(a.overlaps(b) for a, b in pairwise(boxes))
             titles = [axes.title.get_window_extent()] if axes.get_title() else []
             assert all(sheet.fully_contains(*title.max) for title in titles)
+        legends = [legend.get_window_extent() for legend in figure.legends]
+        assert all(sheet.fully_contains(*corner) for b in legends for corner in b.corners())
 
 
 def test_labels_keep_their_distance_and_the_forget_classes():

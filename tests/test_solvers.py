@@ -10,11 +10,10 @@ import pytest
 
 from jaxunlearn.linalg import randomized_eigh
 from jaxunlearn.projectors import CholeskyProjector, DualProjector
+from jaxunlearn.soft_projectors import importance_solve, importance_solve_rows
 from jaxunlearn.subspace import (
     eigenbasis,
     eigenbasis_of_rows,
-    importance_solve,
-    importance_solve_rows,
     leading_space,
     top_eigenspace,
     truncate,

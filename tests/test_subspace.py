@@ -7,14 +7,8 @@ import numpy as np
 import pytest
 
 from jaxunlearn.projectors import Projector, SpectralProjector
-from jaxunlearn.subspace import (
-    eigenbasis,
-    importance,
-    importance_solve,
-    null_space,
-    top_eigenspace,
-    truncate,
-)
+from jaxunlearn.soft_projectors import importance, importance_solve
+from jaxunlearn.subspace import eigenbasis, null_space, top_eigenspace, truncate
 
 D, N, M = 8, 20, 3
 RANKS = (0, 3, 5, 8)  # none, below d/2, above it, all

@@ -15,14 +15,8 @@ from jaxunlearn.checkpoint import restore_latest, restore_variables, save_state,
 from jaxunlearn.gram import accumulate_gram
 from jaxunlearn.layers import LayerSpec, leaves_by_path
 from jaxunlearn.projectors import SpectralProjector
-from jaxunlearn.subspace import (
-    eigenbasis,
-    importance,
-    importance_solve,
-    null_space,
-    top_eigenspace,
-    truncate,
-)
+from jaxunlearn.soft_projectors import importance, importance_solve
+from jaxunlearn.subspace import eigenbasis, null_space, top_eigenspace, truncate
 from jaxunlearn.transforms import (
     MaskUpdatesState,
     mask_updates,

@@ -3,6 +3,8 @@
 QUESTIONS = (
     "gram_eigh",
     "gram_cholesky",
+    "deep_unlearning_edit",
+    "alpha_grid",
     "randomized_basis",
     "conv_gram",
     "conv_gradient",

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.speed.spectra import power_law, rows_of_spectrum
 from benchmarks.timing import Way, compare, compiled, main, memory_row
 from jaxunlearn.conv_gram import row_gram
-from jaxunlearn.subspace import importance_solve
+from jaxunlearn.soft_projectors import importance_solve
 
 N, D, D_OUT, ALPHA = 10_000, 2304, 256, 100.0
 

@@ -18,7 +18,8 @@ from benchmarks.timing import Way, main, ratio_of, time_together
 from jaxunlearn.conv_gram import lag_gram, row_gram
 from jaxunlearn.layers import ConvGeometry, LayerSpec, inputs_as_rows
 from jaxunlearn.linalg import psd_eigh
-from jaxunlearn.subspace import importance_solve, leading_space
+from jaxunlearn.soft_projectors import importance_solve
+from jaxunlearn.subspace import leading_space
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -19,6 +19,7 @@ from jaxtyping import PRNGKeyArray
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import ApplyFn
 from jaxunlearn.gram import GramState
+from jaxunlearn.layers import LayerSpec
 from jaxunlearn.steps import Augment
 
 
@@ -35,10 +36,13 @@ class UnlearningProblem:
       num_classes: ``k``.
       forget_classes: classes forgotten as a whole; empty if ``forget`` is a set of samples.
       augment: training-time augmentation ``(key, inputs) -> inputs``.
-      grams: ``{class: {path: GramState}}`` of the retain data; methods that get them never touch
-        ``retain``.
+      grams: ``{class: {path: GramState}}``, and ``"total"`` for all training data together; methods
+        that get them never touch ``retain`` for its Grams. Those of forgotten classes may be there;
+        for a set of samples, class Grams are of the retain data.
       mesh: devices over which a method splits its batches; None for one. Variables and data lie on
         one device all the same, and so does the result.
+      selection: forget and retain data on which a method's settings are chosen in place of training
+        data, where its config asks for that. Test data here make the result an upper bound.
     """
 
     apply_fn: ApplyFn
@@ -48,8 +52,9 @@ class UnlearningProblem:
     num_classes: int
     forget_classes: tuple[int, ...] = ()
     augment: Augment | None = None
-    grams: Mapping[int, Mapping[str, GramState]] | None = None
+    grams: Mapping[int | str, Mapping[str, GramState]] | None = None
     mesh: Mesh | None = None
+    selection: tuple[Batches, Batches] | None = None
 
     @property
     def scope(self) -> str:
@@ -136,6 +141,30 @@ def _check_model(problem: UnlearningProblem) -> None:
     wanted = (problem.forget.batch_size, problem.num_classes)
     if logits.shape != wanted:
         raise ValueError(f"the model returns {logits.shape} for a batch; wanted logits {wanted}")
+
+
+def stored_classes(problem: UnlearningProblem) -> list[int]:
+    """Classes whose Grams a problem holds, in increasing order."""
+    return sorted(k for k in problem.grams or {} if isinstance(k, int))
+
+
+def stored_grams(
+    problem: UnlearningProblem, name: int | str, specs: Mapping[str, LayerSpec]
+) -> dict[str, GramState]:
+    """The Grams of a class, or ``"total"``, of these layers.
+
+    Raises:
+      ValueError: a layer is missing, or its Gram has another shape.
+    """
+    assert problem.grams is not None
+    stored = problem.grams[name]
+    fits = {p for p, s in specs.items() if p in stored and stored[p].gram.shape == s.gram_shape}
+    if wrong := sorted(specs.keys() - fits):
+        raise ValueError(
+            f"the Grams of {name if isinstance(name, str) else f'class {name}'} lack layers "
+            f"{wrong} of the model, or have other shapes; accumulate them with this model's layers"
+        )
+    return {path: stored[path] for path in specs}
 
 
 @jax.jit

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxunlearn.gram import GramState
 from jaxunlearn.layers import LayerSpec, kernel_as_matrix, leaves_by_path
 from jaxunlearn.linalg import HIGHEST
 from jaxunlearn.methods.subspaces import RetainedSpace
+from jaxunlearn.moments import Moments, RowState
 
 
 def projection_figures(
@@ -43,6 +45,68 @@ def projection_figures(
         | {name: float(x) for name, x in values.items()}
         for path, values in figures.items()
     }
+
+
+def edit_figures(
+    specs: Mapping[str, LayerSpec],
+    retain: Moments,
+    forget: Moments,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+) -> dict[str, dict[str, float | int]]:
+    """What a closed-form edit did to each layer alone, on the inputs of the original model.
+
+    No data needed, only their Grams ``G``. With ``ΔK = K' - K``: ``change`` = ``‖ΔK‖ / ‖K‖``;
+    ``retain_drift`` = ``tr(ΔKᵀG_rΔK) / tr(KᵀG_rK)``, which is ``‖X_rΔK‖² / ‖X_rK‖²``;
+    ``forget_kept`` = ``tr(K'ᵀG_fK') / tr(KᵀG_fK)``.
+
+    Args:
+      specs: the layers.
+      retain: Gram or rows of each on retain data.
+      forget: the same on forget data.
+      before: the variables that were edited.
+      after: the edited ones.
+
+    Returns:
+      ``{path: {"d_in", "d_out", "change", "retain_drift", "forget_kept"}}``.
+    """
+    old, new = (leaves_by_path(variables["params"]) for variables in (before, after))
+    figures = {
+        path: _measure_edit(
+            kernel_as_matrix(spec, old[spec.kernel_path]),
+            kernel_as_matrix(spec, new[spec.kernel_path]),
+            retain[path],
+            forget[path],
+        )
+        for path, spec in specs.items()
+    }
+    return {
+        path: {"d_in": specs[path].d_in, "d_out": specs[path].d_out}
+        | {name: float(x) for name, x in values.items()}
+        for path, values in jax.device_get(figures).items()
+    }
+
+
+@jax.jit
+def _measure_edit(
+    K: Float[Array, "*lead d m"],
+    K_u: Float[Array, "*lead d m"],
+    retain: GramState | RowState,
+    forget: GramState | RowState,
+) -> dict[str, Float[Array, ""]]:
+    change = K_u - K
+    return {
+        "change": _ratio(jnp.linalg.norm(change), jnp.linalg.norm(K)),
+        "retain_drift": _ratio(_energy(retain, change), _energy(retain, K)),
+        "forget_kept": _ratio(_energy(forget, K_u), _energy(forget, K)),
+    }
+
+
+def _energy(state: GramState | RowState, K: Float[Array, "*lead d m"]) -> Float[Array, ""]:
+    """``‖X K‖²``."""
+    if isinstance(state, RowState):
+        return jnp.sum(jnp.matmul(state.rows, K, precision=HIGHEST) ** 2)
+    return _quadratic(state.gram, K)
 
 
 @partial(jax.jit, static_argnums=0)

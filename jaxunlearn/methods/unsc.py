@@ -27,7 +27,14 @@ from jaxunlearn.batches import Batches
 from jaxunlearn.capture import describe_layers, layer_inputs
 from jaxunlearn.gram import accumulate_gram
 from jaxunlearn.layers import LayerSpec, path_name
-from jaxunlearn.methods.base import Unlearned, UnlearningProblem, all_finite, check_problem
+from jaxunlearn.methods.base import (
+    Unlearned,
+    UnlearningProblem,
+    all_finite,
+    check_problem,
+    stored_classes,
+    stored_grams,
+)
 from jaxunlearn.methods.diagnostics import projection_figures
 from jaxunlearn.methods.dropout import check_dropout, with_dropout
 from jaxunlearn.methods.labels import excluded_classes, pseudo_label, pseudo_labels, random_label
@@ -115,15 +122,9 @@ def class_grams(
 ) -> Iterator[tuple[int, Grams]]:
     """``(class, {path: Gram})`` of the retained classes in increasing order (Algorithm 1)."""
     if problem.grams is not None:
-        for k in sorted(problem.grams.keys() - set(problem.forget_classes)):
-            stored = {path: state.gram for path, state in problem.grams[k].items()}
-            fits = {p for p, s in specs.items() if p in stored and stored[p].shape == s.gram_shape}
-            if wrong := sorted(specs.keys() - fits):
-                raise ValueError(
-                    f"the Grams of class {k} lack layers {wrong} of the model, or have other "
-                    "shapes; accumulate them with this model's layers"
-                )
-            yield k, {path: stored[path] for path in specs}
+        for k in stored_classes(problem):
+            if k not in problem.forget_classes:
+                yield k, {p: state.gram for p, state in stored_grams(problem, k, specs).items()}
         return
     assert problem.retain is not None  # check_problem
     counts = config.images_per_layer or (config.images_per_class,) * len(specs)
@@ -141,7 +142,7 @@ def class_grams(
     size = min(problem.retain.batch_size, config.images_per_class or problem.retain.batch_size)
     for k in np.unique(problem.retain.labels).tolist():
         draw_key, augment_key = jax.random.split(jax.random.fold_in(key, k))
-        images = _draw(draw_key, problem.retain.of_class(k), config.images_per_class)
+        images = problem.retain.of_class(k).sample(draw_key, config.images_per_class)
         if config.augment_subspace and problem.augment is not None:
             views = problem.augment(augment_key, images.inputs)
             images = Batches(views, images.labels, images.batch_size)
@@ -157,12 +158,6 @@ def class_grams(
             )
             grams |= {path: state.gram for path, state in states.items()}
         yield k, {path: grams[path] for path in specs}
-
-
-def _draw(key: PRNGKeyArray, images: Batches, count: int | None) -> Batches:
-    if count is None or count >= images.num_examples:
-        return images
-    return images.select(jax.random.choice(key, images.num_examples, (count,), replace=False))
 
 
 def _base_optimizer(config: UNSCConfig) -> optax.GradientTransformation:

@@ -16,27 +16,61 @@ import flax.linen as nn
 
 from jaxunlearn.models.alexnet_small import AlexNetSmall
 from jaxunlearn.models.allcnn import AllCNN
+from jaxunlearn.models.cnn39k import CNN39k
+from jaxunlearn.models.logits import check_logits
 from jaxunlearn.models.mlp import MLP
 from jaxunlearn.models.resnet import ResNet
+from jaxunlearn.models.resnet8 import ResNet8
+from jaxunlearn.models.rules import (
+    ALLCNN,
+    CNN39K,
+    MLP_TOY,
+    RESNET8,
+    RESNET_CIFAR,
+    TINYVGG,
+    VGG11,
+    VGG16,
+    VIT,
+    Rule,
+    Rules,
+    vgg_rules,
+)
+from jaxunlearn.models.tinyvgg import TinyVGG
 from jaxunlearn.models.vgg import VGG, VGG11_STAGES, VGG16_STAGES
 from jaxunlearn.models.vit import ViT
-from jaxunlearn.models.weights import ALLCNN, MLP_TOY, RESNET_CIFAR, Rules, from_torch, read_arrays
+from jaxunlearn.models.weight_files import read_arrays
+from jaxunlearn.models.weights import from_keras, from_torch, load_weights
 
 __all__ = [
     "ALLCNN",
+    "CNN39K",
     "MLP",
     "MLP_TOY",
     "MODELS",
+    "RESNET8",
     "RESNET_CIFAR",
-    "TORCH_RULES",
+    "TINYVGG",
     "VGG",
+    "VGG11",
+    "VGG16",
+    "VIT",
+    "WEIGHT_RULES",
     "AlexNetSmall",
     "AllCNN",
+    "CNN39k",
     "ResNet",
+    "ResNet8",
+    "Rule",
+    "Rules",
+    "TinyVGG",
     "ViT",
     "build",
+    "check_logits",
+    "from_keras",
     "from_torch",
+    "load_weights",
     "read_arrays",
+    "vgg_rules",
 ]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -51,14 +85,23 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet56": partial(ResNet, stages=(9, 9, 9)),
     "resnet18": partial(ResNet, stages=(2, 2, 2, 2), channels=(64, 128, 256, 512), shortcut="B"),
     "vit": ViT,
+    "resnet8": ResNet8,
+    "tinyvgg": TinyVGG,
+    "cnn39k": CNN39k,
 }
 """Name, as in a run's configuration, to the constructor with that net's defaults."""
 
-TORCH_RULES: dict[str, Rules] = {
+WEIGHT_RULES: dict[str, Rules] = {
     "allcnn": ALLCNN,
+    "vgg11": VGG11,
+    "vgg16": VGG16,
     **dict.fromkeys(("resnet20", "resnet32", "resnet44", "resnet56", "resnet18"), RESNET_CIFAR),
+    "vit": VIT,
+    "resnet8": RESNET8,
+    "tinyvgg": TINYVGG,
+    "cnn39k": CNN39K,
 }
-"""Model to the mapping from the names of PyTorch weights that others publish for it."""
+"""Model to the mapping from the names of weights that others publish for it."""
 
 _NOT_OPTIONS = ("num_classes", "parent", "name")
 

@@ -5,30 +5,40 @@ part of the library. ``example_report`` shows the schema.
 """
 
 from jaxunlearn.report.confusion import confusion_pair
+from jaxunlearn.report.costs import runtime_bars
+from jaxunlearn.report.curves import forgetting_curve
 from jaxunlearn.report.embedding import embedding_panels
 from jaxunlearn.report.example import example_arrays, example_report
 from jaxunlearn.report.figures import (
     class_accuracy_bars,
+    layer_change_bars,
     pseudo_label_bars,
     subspace_bars,
 )
 from jaxunlearn.report.files import write_report
 from jaxunlearn.report.gallery import report_figures
+from jaxunlearn.report.grids import alpha_heat_map
 from jaxunlearn.report.html import render_html
 from jaxunlearn.report.markdown import render_markdown
+from jaxunlearn.report.saliency import saliency_panels
 from jaxunlearn.report.tables import console_table, summary_rows
 
 __all__ = [
+    "alpha_heat_map",
     "class_accuracy_bars",
     "confusion_pair",
     "console_table",
     "embedding_panels",
     "example_arrays",
     "example_report",
+    "forgetting_curve",
+    "layer_change_bars",
     "pseudo_label_bars",
     "render_html",
     "render_markdown",
     "report_figures",
+    "runtime_bars",
+    "saliency_panels",
     "subspace_bars",
     "summary_rows",
     "write_report",

@@ -33,14 +33,16 @@ def details(report: Mapping[str, Any]) -> list[Section]:
       ['Method: unsc', 'Layers', 'Membership attack']
     """
     counts = {name: n for name, n in report["problem"]["counts"].items() if n is not None}
-    info = dict(report["method"]["info"])
+    info = {k: v for k, v in report["method"]["info"].items() if v != []}
     layers = info.pop("layers", None) or {}
     leaks = [layer.get("leak") for layer in layers.values()]
     if defined := [leak for leak in leaks if leak is not None]:
         info["leak max"] = max(defined)
+    listed = {key: info.pop(key) for key in list(info) if _are_rows(info[key])}
     sections = [
         Section(f"Method: {report['method']['name']}", FACTS, _facts(info)),
-        _layer_section(layers),
+        _row_section("Layers", [{"layer": path} | layer for path, layer in layers.items()]),
+        *(_row_section(key.capitalize(), rows) for key, rows in listed.items()),
         _attack_section(report["models"]),
         _cost_section(report["seconds"], report["peak_memory_mb"]),
         _pseudo_label_section(report["pseudo_labels"]),
@@ -55,8 +57,8 @@ def printed(value: Any) -> str:
     """One value as text: six digits, a dash for nothing, a long list cut short.
 
     Examples:
-      >>> printed(0.1 + 0.2), printed(None), printed(True), printed([1, 2])
-      ('0.3', '—', 'true', '[1, 2]')
+      >>> printed(0.1 + 0.2), printed(None), printed(True), printed([1, 2 / 3])
+      ('0.3', '—', 'true', '[1, 0.666667]')
     """
     if value is None:
         return MISSING
@@ -64,6 +66,8 @@ def printed(value: Any) -> str:
         return value
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, list):
+        value = [float(f"{v:.6g}") if isinstance(v, float) else v for v in value]
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… (whole in report.json)"
 
@@ -80,10 +84,15 @@ def _facts(tree: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [(key, printed(value)) for key, value in _flat(tree)]
 
 
-def _layer_section(layers: Mapping[str, Any]) -> Section:
-    columns = list(dict.fromkeys(column for layer in layers.values() for column in layer))
-    rows = [(path, *(printed(layer.get(c)) for c in columns)) for path, layer in layers.items()]
-    return Section("Layers", ("layer", *columns), rows)
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, Mapping) for v in value)
+
+
+def _row_section(title: str, lines: Sequence[Mapping[str, Any]]) -> Section:
+    """A row per mapping and a column for each of their keys."""
+    columns = tuple(dict.fromkeys(key for line in lines for key in line))
+    rows = [tuple(printed(line.get(c)) for c in columns) for line in lines]
+    return Section(title, columns, rows)
 
 
 def _attack_section(models: Mapping[str, Any]) -> Section:

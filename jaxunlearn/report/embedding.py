@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from jaxunlearn.report.drawing import GRID, sheet, shorten
+from jaxunlearn.report.drawing import GRID, sheet, shorten, widest
 
 _TEN = (  # Petroff's ten colours (arXiv:2107.02270), made for colour-blind readers
     "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
@@ -118,8 +118,9 @@ def _legend(figure: Figure, class_names: Sequence[str], *, marked: bool) -> None
         Line2D([], [], linestyle="", marker="o", color=fill, markeredgecolor=edge, label=label)
         for label, fill, edge in entries
     ]
+    columns = 6 if widest(class_names) <= 12 else 5  # of the sheet's width
     legend = figure.legend(
-        handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=9
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
     )
     for text in legend.get_texts():
         text.set_parse_math(False)

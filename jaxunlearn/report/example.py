@@ -5,15 +5,23 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "unsc": {"energy": 0.97, "epochs": 5},
+    "deep_unlearning": {"alpha_retain": [10, 100, 1000], "alpha_forget": [0.25, 3, 30]},
+}
 _COUNTS = ("forget_train", "retain_train", "forget_test", "retain_test")
 
 
-def example_report(num_classes: int = 3, *, retrained: bool = True) -> dict[str, Any]:
+def example_report(
+    num_classes: int = 3, *, retrained: bool = True, method: str = "unsc"
+) -> dict[str, Any]:
     """A report on a model that forgot class 1; rates, counts and confusion matrices agree.
 
     Args:
       num_classes: ``k``.
       retrained: whether there is a retrained reference.
+      method: ``"unsc"``, trained with pseudo-labels, or ``"deep_unlearning"``, a closed-form edit
+        whose two settings were searched.
 
     Returns:
       The report, plain values throughout.
@@ -31,13 +39,12 @@ def example_report(num_classes: int = 3, *, retrained: bool = True) -> dict[str,
     if not retrained:
         models["retrained"] = None
     totals = models["original"]["counts"]
-    pseudo, target = _labels(num_classes, totals["forget_train"]["total"])
     return {
         "schema_version": 1,
         "config": {
             "data": {"source": "made-up", "scope": "class", "forget": 1, "split_seed": 0},
             "model": {"name": "mlp", "widths": [256, 64]},
-            "unlearn": {"method": "unsc", "energy": 0.97, "epochs": 5},
+            "unlearn": {"method": method} | _SETTINGS[method],
             "seed": 0,
         },
         "environment": {"jax": "0.10.2", "backend": "cpu", "devices": 1},
@@ -57,44 +64,35 @@ def example_report(num_classes: int = 3, *, retrained: bool = True) -> dict[str,
         },
         "models": models,
         "gap_to_retrain": gaps if retrained else None,
-        "pseudo_labels": {
-            "histogram": pseudo.tolist(),
-            "retrained_histogram": target.tolist() if retrained else None,
-            "total_variation": float(np.abs(pseudo - target).sum() / 2 / pseudo.sum())
-            if retrained
-            else None,
-            "agreement": 0.75 if retrained else None,
-        },
-        "method": {
-            "name": "unsc",
-            "info": {
-                "lr": 0.02,
-                "epochs": 5,
-                "layers": {
-                    "Dense_0": {"d_in": 64, "rank": 37, "energy": 0.97, "leak": 3.1e-7},
-                    "Dense_1": {"d_in": 256, "rank": 21, "energy": 0.98, "leak": 0.0},
-                },
-            },
-        },
+        "pseudo_labels": _pseudo_labels(num_classes, totals["forget_train"]["total"], retrained)
+        if method == "unsc"
+        else None,
+        "method": {"name": method, "info": _info(method, num_classes)},
         "seconds": {"train": 7.25, "unlearn": 0.8125} | ({"retrain": 6.5} if retrained else {}),
         "peak_memory_mb": {"train": 412.0, "unlearn": 431.5},
         "notes": ["Numbers of this report are made up."],
     }
 
 
-def example_arrays(num_classes: int = 3, *, retrained: bool = True) -> dict[str, np.ndarray]:
-    """Embeddings to go with ``example_report``: one blob per class, the forgotten one scattered.
+def example_arrays(
+    num_classes: int = 3, *, retrained: bool = True, images: bool = False
+) -> dict[str, np.ndarray]:
+    """Arrays to go with ``example_report``: one blob per class, the forgotten one scattered.
 
     Args:
       num_classes: ``k``.
       retrained: whether there is a retrained reference.
+      images: whether the data are images and the model has a convolution.
 
     Returns:
-      ``embedding_*`` ``[n, 2]`` and ``embedding_labels`` ``[n]``.
+      ``embedding_*`` ``[n, 2]`` and ``embedding_labels`` ``[n]``; with images also
+      ``saliency_images`` ``[m, h, w, c]``, ``saliency_*`` ``[m, h, w]`` and ``[m]``.
 
     Examples:
       >>> sorted(example_arrays(retrained=False))
       ['embedding_labels', 'embedding_original', 'embedding_unlearned']
+      >>> example_arrays(images=True)["saliency_original"].shape
+      (4, 16, 16)
     """
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(num_classes), 30)
@@ -104,7 +102,26 @@ def example_arrays(num_classes: int = 3, *, retrained: bool = True) -> dict[str,
     arrays = {"original": points, "retrained": scattered, "unlearned": 0.8 * scattered}
     if not retrained:
         del arrays["retrained"]
-    return {"embedding_labels": labels} | {f"embedding_{n}": a for n, a in arrays.items()}
+    shown = {"embedding_labels": labels} | {f"embedding_{n}": a for n, a in arrays.items()}
+    return shown | (_saliency(num_classes, list(arrays)) if images else {})
+
+
+def _saliency(k: int, models: list[str]) -> dict[str, np.ndarray]:
+    """Images of one bright spot each, which the models see, but for the forgotten class 1."""
+    labels = np.array([1, 1, 0, k - 1])
+    axis, centres = np.arange(16), np.array([[4, 5], [9, 4], [11, 10], [5, 11]])
+    down, across = np.exp(-((axis - centres[..., None]) ** 2) / 12).swapaxes(0, 1)
+    spots = down[:, :, None] * across[:, None, :]
+    noise = np.random.default_rng(1).integers(90, size=(4, 16, 16, 1))
+    arrays = {
+        "saliency_images": (noise + 160 * spots[..., None]).astype(np.uint8),
+        "saliency_labels": labels,
+    }
+    for name in models:
+        forgets = (labels == 1) & (name != "original")
+        arrays[f"saliency_{name}"] = np.where(forgets[:, None, None], 0, spots).astype(np.float32)
+        arrays[f"saliency_predicted_{name}"] = np.where(forgets, 0, labels)
+    return arrays
 
 
 def _model(k: int, kept: float, seed: int) -> dict[str, Any]:
@@ -139,12 +156,62 @@ def _confusion(
     return confusion + np.diag(n - errors.sum(1))
 
 
-def _labels(k: int, n: int) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
-    """Counts of ``n`` pseudo-labels, none of them class 1, and of predictions, some class 1."""
+def _pseudo_labels(k: int, n: int, retrained: bool) -> dict[str, Any]:
+    """``n`` pseudo-labels, none of them class 1, and predictions, some of them class 1."""
     target = np.bincount((np.arange(n) ** 2 // n) % k, minlength=k)
     pseudo = target.copy()
     pseudo[[0, 1]] = target[0] + target[1], 0
-    return pseudo, target
+    distance = float(np.abs(pseudo - target).sum() / 2 / pseudo.sum())
+    return {
+        "histogram": pseudo.tolist(),
+        "retrained_histogram": target.tolist() if retrained else None,
+        "total_variation": distance if retrained else None,
+        "agreement": 0.75 if retrained else None,
+    }
+
+
+def _info(method: str, k: int) -> dict[str, Any]:
+    """What ``method.info`` holds."""
+    if method == "unsc":
+        layers = {
+            "Dense_0": {"d_in": 64, "rank": 37, "energy": 0.97, "leak": 3.1e-7},
+            "Dense_1": {"d_in": 256, "rank": 21, "energy": 0.98, "leak": 0.0},
+        }
+        return {"lr": 0.02, "epochs": 5, "layers": layers}
+    grid = [_pair(alpha_r, alpha_f) for alpha_r in (10, 100, 1000) for alpha_f in (0.25, 3, 30)]
+    best = max(grid, key=lambda row: row["score"])
+    return {
+        "alpha_retain": best["alpha_retain"],
+        "alpha_forget": best["alpha_forget"],
+        "grid": grid,
+        "order": "one after another",
+        "curve": [
+            {
+                "classes": [(1 + c) % k for c in range(n)],
+                "retain_accuracy": 0.97 - 0.04 * n / k,
+                "forget_accuracy": 0.02 + 0.03 * n / k,
+            }
+            for n in range(1, k)
+        ],
+        "layers": {
+            "Dense_0": {"d_in": 64, "change": 0.4, "retain_drift": 0.02, "forget_kept": 0.31},
+            "Dense_1": {"d_in": 256, "change": 0.55, "retain_drift": 0.035, "forget_kept": 0.12},
+        },
+        "seconds": {"grams": 0.5, "solve": 0.0625, "score": 0.25},
+    }
+
+
+def _pair(alpha_retain: float | int, alpha_forget: float | int) -> dict[str, Any]:
+    """A row of the grid: a large ``alpha_forget`` forgets more and retains less."""
+    retain = 0.97 / (1 + 0.02 * alpha_forget / alpha_retain)
+    forget = 0.97 / (1 + 40 * alpha_forget / alpha_retain)
+    return {
+        "alpha_retain": alpha_retain,
+        "alpha_forget": alpha_forget,
+        "retain_accuracy": retain,
+        "forget_accuracy": forget,
+        "score": retain * (1 - forget),
+    }
 
 
 def _gap(model: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Bar charts of a report: plain arrays in, a matplotlib Figure out.
 
-Every figure, here and in ``confusion.py`` and ``embedding.py``, carries its caption as its label
+Every figure, here and in the modules of the other figures, carries its caption as its label
 (``figure.get_label()``); the page prints it below the picture.
 """
 
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from jaxunlearn.report.drawing import (
+    FORGET,
     GRID,
     ORIGINAL,
     RETRAINED,
@@ -26,6 +27,7 @@ from jaxunlearn.report.drawing import (
 
 _PREDICTION = "prediction of the retrained model"
 _LEFT_EDGE = 1e-12
+_LONGEST_PATH = 40
 
 
 def class_accuracy_bars(
@@ -143,9 +145,6 @@ def subspace_bars(layers: Mapping[str, Mapping[str, Any]]) -> Figure:
       ['16 / 64']
     """
     figure, (ranks, leaks) = sheet(1.3 + 0.26 * len(layers), 2)
-    rows = np.arange(len(layers))
-    ranks.set_yticks(rows, list(layers), parse_math=False)
-    leaks.set_yticks(rows, [""] * len(layers))
     for row, layer in enumerate(layers.values()):
         share = 100 * layer["rank"] / layer["d_in"]
         ranks.barh(row, share, height=0.6, color=UNLEARNED)
@@ -157,14 +156,57 @@ def subspace_bars(layers: Mapping[str, Mapping[str, Any]]) -> Figure:
             _beside(leaks, drawn, row, f"{layer['leak']:.1e}")
     ranks.set(xlabel="protected directions r / d (%)", xlim=(0, 119), xticks=range(0, 101, 20))
     leaks.set(xlabel="leak into the protected space", xscale="log", xlim=(_LEFT_EDGE, 10))
-    for axes in (ranks, leaks):
-        axes.set_ylim(len(layers) - 0.5, -0.5)
-        axes.grid(axis="x", color=GRID, linewidth=0.8)
+    _label_layers((ranks, leaks), layers)
     figure.set_label(
         "Protected subspace of each layer and the update's leak into it; "
         f"a leak below {_LEFT_EDGE:.0e} stands at the left edge."
     )
     return figure
+
+
+def layer_change_bars(layers: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Per layer: how far its outputs on retain data moved, what is left of those on forget data.
+
+    Args:
+      layers: layer path to ``{"retain_drift", "forget_kept"}``, shares of squared norms; an
+        undefined one is None.
+
+    Returns:
+      The figure, as tall as its number of layers asks for.
+
+    Examples:
+      >>> figure = layer_change_bars({"Dense_0": {"retain_drift": 0.02, "forget_kept": 0.25}})
+      >>> [axes.texts[0].get_text() for axes in figure.axes]
+      ['2 %', '25 %']
+    """
+    figure, panels = sheet(1.3 + 0.26 * len(layers), 2)
+    sides = (("retain_drift", UNLEARNED), ("forget_kept", FORGET))
+    for axes, (key, colour) in zip(panels, sides, strict=True):
+        drawn = {i: 100 * v[key] for i, v in enumerate(layers.values()) if v[key] is not None}
+        for row, share in drawn.items():
+            axes.barh(row, share, height=0.6, color=colour)
+            _beside(axes, share, row, f"{share:.3g} %")
+        axes.set_xlim(0, 1.19 * max(drawn.values(), default=0) or 1)
+        axes.set_xlabel(f"{key.replace('_', ' ')} (%)")
+    _label_layers(panels, layers)
+    figure.set_label(
+        "Each layer by itself, on the inputs that it had before: the squared norm of the change of "
+        "its outputs on retain data (drift), and of its outputs on forget data (kept), as shares "
+        "of the squared norm before. The two axes differ in scale."
+    )
+    return figure
+
+
+def _label_layers(panels: Sequence[Axes], layers: Mapping[str, Any]) -> None:
+    """Layer paths on the first panel, rows from top to bottom on all."""
+    rows = np.arange(len(layers))
+    for axes in panels:
+        axes.set_yticks(rows, [""] * len(layers))
+        axes.set_ylim(len(layers) - 0.5, -0.5)
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
+    # The end of a path says more than its beginning.
+    names = [p if len(p) <= _LONGEST_PATH else "…" + p[1 - _LONGEST_PATH :] for p in layers]
+    panels[0].set_yticks(rows, names, parse_math=False)
 
 
 def _beside(axes: Axes, x: float, row: int, text: str) -> None:

@@ -1,6 +1,6 @@
 """Which figures a report gets: from the report's own numbers and the arrays stored beside it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,9 +8,19 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
 from jaxunlearn.report.confusion import confusion_pair
+from jaxunlearn.report.costs import runtime_bars
+from jaxunlearn.report.curves import forgetting_curve
 from jaxunlearn.report.embedding import embedding_panels
-from jaxunlearn.report.figures import class_accuracy_bars, pseudo_label_bars, subspace_bars
+from jaxunlearn.report.figures import (
+    class_accuracy_bars,
+    layer_change_bars,
+    pseudo_label_bars,
+    subspace_bars,
+)
+from jaxunlearn.report.grids import MEASURES, alpha_heat_map
+from jaxunlearn.report.saliency import saliency_panels
 from jaxunlearn.report.tables import MODELS
+from jaxunlearn.report.wording import selected_on
 
 
 def report_figures(
@@ -23,7 +33,9 @@ def report_figures(
       arrays: ``embedding_original``, ``embedding_unlearned`` and, where there is one,
         ``embedding_retrained`` ``[n, 2]`` with ``embedding_labels`` ``[n]``; ``embedding_forget``
         ``[n]`` marks the forget examples and may be left out where whole classes are forgotten.
-        Empty: no embedding figure.
+        In the same way ``saliency_{model}`` ``[m, h, w]`` and ``saliency_predicted_{model}``
+        ``[m]`` with ``saliency_images`` ``[m, h, w, c]``, ``saliency_labels`` and
+        ``saliency_forget`` ``[m]``. Empty: neither figure.
 
     Returns:
       Heading to figure, in reading order.
@@ -31,7 +43,9 @@ def report_figures(
     Examples:
       >>> from jaxunlearn.report.example import example_report
       >>> list(report_figures(example_report(), {}))
-      ['Accuracy per class', 'Confusion', 'Pseudo-labels', 'Protected subspaces']
+      ['Accuracy per class', 'Confusion', 'Pseudo-labels', 'Protected subspaces', 'Runtime']
+      >>> list(report_figures(example_report(method="deep_unlearning"), {}))[2:]
+      ['Alpha heat map', 'Forgetting curve', 'Change per layer', 'Runtime']
     """
     models, problem = report["models"], report["problem"]
     classes = {"class_names": problem["class_names"], "forget_classes": problem["forget_classes"]}
@@ -45,14 +59,41 @@ def report_figures(
         ),
         "Confusion": confusion_pair(_confusion(before), _confusion(after), **classes),
     }
+    if "saliency_labels" in arrays:
+        figures["Saliency"] = _saliency(arrays, problem)
     if "embedding_labels" in arrays:
         figures["Embedding"] = _embedding(arrays, problem)
     if report["pseudo_labels"] is not None:
         figures["Pseudo-labels"] = _pseudo_labels(report["pseudo_labels"], classes)
-    layers = report["method"]["info"].get("layers") or {}
-    if layers and all(layer.keys() >= {"d_in", "rank", "leak"} for layer in layers.values()):
+    return figures | _method_figures(report)
+
+
+def _method_figures(report: Mapping[str, Any]) -> dict[str, Figure]:
+    """What the method says of its run, as far as it says it, and the seconds of all stages."""
+    info, seconds, data = report["method"]["info"], report["seconds"], selected_on(report)
+    grid, curve = info.get("grid") or [], info.get("curve") or []
+    layers, parts = info.get("layers") or {}, info.get("seconds")
+    figures = {}
+    if len(grid) > 1 and _all_have(grid, "alpha_retain", "alpha_forget", *MEASURES):
+        chosen = {key: info.get(key) for key in ("alpha_retain", "alpha_forget")}
+        figures["Alpha heat map"] = alpha_heat_map(grid, **chosen, data=data)
+    if len(curve) > 1 and _all_have(curve, "classes", "retain_accuracy", "forget_accuracy"):
+        names = report["problem"]["class_names"]
+        figures["Forgetting curve"] = forgetting_curve(
+            curve, class_names=names, order=info.get("order"), data=data
+        )
+    if layers and _all_have(layers.values(), "d_in", "rank", "leak"):
         figures["Protected subspaces"] = subspace_bars(layers)
+    if layers and _all_have(layers.values(), "retain_drift", "forget_kept"):
+        figures["Change per layer"] = layer_change_bars(layers)
+    if sum(bool(s) for s in seconds.values()) > 1:
+        figures["Runtime"] = runtime_bars(seconds, parts if isinstance(parts, Mapping) else None)
     return figures
+
+
+def _all_have(lines: Iterable[Mapping[str, Any]], *keys: str) -> bool:
+    """Whether every line holds the keys: ``info`` is the method's own and may mean other things."""
+    return all(line.keys() >= set(keys) for line in lines)
 
 
 def _per_class(model: Mapping[str, Any]) -> Float[np.ndarray, " k"]:
@@ -64,11 +105,27 @@ def _confusion(model: Mapping[str, Any]) -> Int[np.ndarray, "k k"]:
     return np.array(model["confusion"]["test"], dtype=int)
 
 
+def _saliency(arrays: Mapping[str, np.ndarray], problem: Mapping[str, Any]) -> Figure:
+    maps, labels = _by_model(arrays, "saliency"), arrays["saliency_labels"]
+    return saliency_panels(
+        arrays["saliency_images"],
+        maps,
+        labels,
+        _by_model(arrays, "saliency_predicted"),
+        forget=arrays.get("saliency_forget", np.isin(labels, problem["forget_classes"])),
+        class_names=problem["class_names"],
+    )
+
+
 def _embedding(arrays: Mapping[str, np.ndarray], problem: Mapping[str, Any]) -> Figure:
-    panels = {name: arrays[f"embedding_{name}"] for name in MODELS if f"embedding_{name}" in arrays}
     labels = arrays["embedding_labels"]
     forget = arrays.get("embedding_forget", np.isin(labels, problem["forget_classes"]))
-    return embedding_panels(panels, labels, forget, class_names=problem["class_names"])
+    names = problem["class_names"]
+    return embedding_panels(_by_model(arrays, "embedding"), labels, forget, class_names=names)
+
+
+def _by_model(arrays: Mapping[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
+    return {name: arrays[f"{kind}_{name}"] for name in MODELS if f"{kind}_{name}" in arrays}
 
 
 def _pseudo_labels(pseudo: Mapping[str, Any], classes: Mapping[str, Any]) -> Figure:

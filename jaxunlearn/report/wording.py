@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxunlearn.report.tables import MODELS, SPLITS, points, rate
+from jaxunlearn.report.tables import MODELS, SPLITS, percent, points, rate
 
 READING = (
     "Accuracy is over all classes, with counts of right answers; macro is the mean over classes. "
@@ -11,11 +11,11 @@ READING = (
     "gap is unlearned minus retrained: the target of every row is the retrained model's value."
 )
 LIMITS = (
-    "What this page does not show: it looks at the models' outputs on the examples counted above, "
-    "not at their weights; at one model per column, not at the spread between seeds; at the attack "
-    "named here, not at a stronger one. The target of every number is the retrained model's value, "
-    "from above and from below: less accuracy on forgotten data is not better. This is not a "
-    "certificate, and no (ε, δ) guarantee."
+    "What this page does not show: it judges by the models' outputs on the examples counted above, "
+    "not by their weights; it looks at one model per column, not at the spread between seeds; at "
+    "the attack named here, not at a stronger one. The target of every number is the retrained "
+    "model's value, from above and from below: less accuracy on forgotten data is not better. "
+    "This is not a certificate, and no (ε, δ) guarantee."
 )
 
 
@@ -51,6 +51,18 @@ def forgotten(problem: Mapping[str, Any]) -> str:
     return f"{'class' if len(classes) == 1 else 'classes'} {listed}: {examples}"
 
 
+def selected_on(report: Mapping[str, Any]) -> str:
+    """Data on which a method that searches its settings compared them: training or test.
+
+    Examples:
+      >>> from jaxunlearn.report.example import example_report
+      >>> selected_on(example_report())
+      'training'
+    """
+    chosen = report["method"].get("config", {}).get("select_on")
+    return "test" if chosen == "test" else "training"
+
+
 def findings(report: Mapping[str, Any]) -> list[str]:
     """What the numbers say, with counts; nothing on closeness to retraining without a reference.
 
@@ -58,7 +70,8 @@ def findings(report: Mapping[str, Any]) -> list[str]:
       report: the content of ``report.json``.
 
     Returns:
-      Sentences on forget training data, retain test data, distance to retraining, sampling.
+      Sentences on forget training data, retain test data, distance to retraining, sampling and,
+      if the method searched its settings, on the search.
 
     Examples:
       >>> from jaxunlearn.report.example import example_report
@@ -81,7 +94,20 @@ def findings(report: Mapping[str, Any]) -> list[str]:
             f"Retain train is measured on {counts['retain_sample']:,} examples drawn once "
             f"from {counts['retain_train']:,}."
         )
-    return sentences
+    return sentences + _search(report)
+
+
+def _search(report: Mapping[str, Any]) -> list[str]:
+    info = report["method"]["info"]
+    grid, pair = info.get("grid") or [], (info.get("alpha_retain"), info.get("alpha_forget"))
+    chosen = [row for row in grid if (row.get("alpha_retain"), row.get("alpha_forget")) == pair]
+    if len(grid) < 2 or None in pair or not chosen:
+        return []
+    retain, forget = (percent(chosen[0].get(f"{side}_accuracy")) for side in ("retain", "forget"))
+    return [
+        f"Chosen among {len(grid)} pairs on {selected_on(report)} data: alpha_retain {pair[0]:g}, "
+        f"alpha_forget {pair[1]:g} (retain {retain}, forget {forget} there)."
+    ]
 
 
 def _distance(gaps: Mapping[str, Any] | None) -> str:
