@@ -19,6 +19,8 @@ from jaxunlearn.config import (
     to_mapping,
     typed,
 )
+from jaxunlearn.methods import METHODS
+from jaxunlearn.models import build
 
 FORGET = {"data": {"forget": 3}}
 
@@ -288,3 +290,13 @@ def test_a_path_that_is_nowhere_is_refused_with_every_place(monkeypatch, tmp_pat
         resolve_path("no.npz")
     places = [Path.cwd(), tmp_path / "data", tmp_path / "data" / "weights"]
     assert all(str(place / "no.npz") in str(caught.value) for place in places)
+
+
+COMMITTED = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_a_committed_config_is_one_that_its_method_and_model_take(path):
+    config = load_config(path)
+    typed(METHODS[config.unlearn.method].config, config.unlearn.options, where="unlearn")
+    build(config.model.name, num_classes=10, **config.model.options)

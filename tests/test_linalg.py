@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxunlearn.gram import GramState
 from jaxunlearn.linalg import energy_mask, psd_eigh, symmetrize
+from jaxunlearn.methods.alpha_grid import edit_grid
+from jaxunlearn.soft_projectors import importance_solve
 
 SPECTRUM = np.array([4.0, 2.0, 1.0, 0.5, 0.25, 0.0])
 D = len(SPECTRUM)
@@ -138,3 +141,50 @@ def test_an_unknown_rule_is_refused():
     # Unwrapped: users run without the suite's type checks, which would refuse it first.
     with pytest.raises(ValueError, match='"reach" or "below", got \'above\''):
         inspect.unwrap(energy_mask)(jnp.ones(D), 0.9, rule="above")
+
+
+# --- LAPACK on CPUs ------------------------------------------------------------------------------
+
+LAPACK = ("cholesky", "eigh", "triangular_solve")
+
+
+def lapack_calls(function, *args):
+    """Every call: its name, shape of the matrix or stack, turns of the loops around it."""
+
+    def walk(jaxpr, turns):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name in LAPACK:
+                yield eqn.primitive.name, eqn.invars[0].aval.shape, turns
+            for inner in eqn.params.values():
+                if hasattr(inner, "jaxpr"):
+                    yield from walk(inner.jaxpr, turns * eqn.params.get("length", 1))
+
+    return list(walk(jax.make_jaxpr(function)(*args).jaxpr, 1))
+
+
+def test_stacks_are_factorised_one_by_one_on_a_cpu():
+    """Batched calls that run at the same time wait for each other's threads for ever."""
+    stack = jnp.broadcast_to(jnp.eye(3), (2, 4, 3, 3))
+    assert lapack_calls(jnp.linalg.cholesky, stack) == [("cholesky", (2, 4, 3, 3), 1)]
+    assert lapack_calls(psd_eigh, stack) == [("eigh", (3, 3), 8)]
+
+    def solve(G, x):
+        return importance_solve(G, alpha=3.0)(x)
+
+    assert lapack_calls(solve, stack, stack) == [
+        ("cholesky", (3, 3), 8),
+        ("triangular_solve", (3, 3), 8),
+        ("triangular_solve", (3, 3), 8),
+    ]
+
+
+def test_a_grid_factorises_once_for_each_alpha():
+    state = GramState(jnp.eye(5), jnp.int32(1))
+    calls = lapack_calls(edit_grid, jnp.ones((5, 2)), state, state, jnp.ones(3), jnp.ones(4))
+    assert [call for call in calls if call[0] == "cholesky"] == [
+        ("cholesky", (5, 5), 3),
+        ("cholesky", (5, 5), 4),
+    ]
+    solves = [call for call in calls if call[0] == "triangular_solve"]
+    assert {turns for _, _, turns in solves} == {3, 4}  # and not 12
+    assert {shape for _, shape, _ in solves} == {(5, 5)}

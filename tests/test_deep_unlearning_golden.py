@@ -17,8 +17,10 @@ from jaxunlearn.batches import Batches
 from jaxunlearn.capture import describe_layers, layer_inputs
 from jaxunlearn.edits import suppress_subspace
 from jaxunlearn.gram import accumulate_gram
+from jaxunlearn.methods import DeepUnlearningConfig, UnlearningProblem, deep_unlearning
 from jaxunlearn.models import Rule, from_torch
 from jaxunlearn.soft_projectors import importance_solve
+from jaxunlearn.training import accuracy
 
 # Absolute, for projections, weights and outputs; Grams relative to their largest entry.
 TOLERANCE = {"float32": 1e-5, "float64": 1e-6}
@@ -204,12 +206,12 @@ def run(request, golden):
     with np.load(golden / f"deep_unlearning_{name}.npz") as file:
         stored = dict(file)
     with jax.enable_x64(dtype == "float64"):
-        specs, results = deep_unlearning(CASES[name], stored, dtype)
+        specs, results = edit_step_by_step(CASES[name], stored, dtype)
     assert {leaf.dtype for leaf in jax.tree.leaves(results)} == {np.dtype(dtype)}
     return Run(stored, CASES[name], specs, *results, TOLERANCE[dtype])
 
 
-def deep_unlearning(case, stored, dtype):
+def edit_step_by_step(case, stored, dtype):
     images = {side: nhwc(stored[f"x_{side}"]).astype(dtype) for side in ("retain", "forget")}
     both = np.concatenate(list(images.values()))
     variables = variables_of(case, selected(stored, "param__"), both)
@@ -332,37 +334,80 @@ def layers_of(run):
 # --- the demo: all pairs of a grid of alphas -----------------------------------------------------
 
 
-def test_the_grid_of_the_demo_has_the_accuracies_and_weights_of_the_reference_code(golden):
-    """All pairs in one compilation; a point on a boundary may fall on either side."""
+@pytest.fixture(scope="module")
+def demo(golden):
+    """The demo's data and model as a problem; class 0 is forgotten."""
     with np.load(golden / "deep_unlearning_toy.npz") as file:
         stored = dict(file)
     case = Case(Demo(), [(r"\w+", r"\g<0>")], {})
     x, y = stored["x_train"], stored["y_train"]
+    forget, retain = (Batches(x[rows], y[rows], 300) for rows in (y == 0, y != 0))
     variables = variables_of(case, selected(stored, "param__"), x)
-    specs = describe_layers(case.model.apply, variables, x)
-    grams = grams_of_sides(case, specs, variables, {"retain": x[y != 0], "forget": x[y == 0]})
+    problem = UnlearningProblem(case.model.apply, variables, forget, retain, 4, (0,))
+    return stored, case, problem
 
-    @jax.jit
-    def edit_all(variables, grams, alphas):
-        def edit(alphas):
-            _, params = suppressed(variables["params"], specs, grams, alphas)
-            return params, case.model.apply(variables | {"params": params}, x).argmax(-1)
 
-        return jax.vmap(edit)(alphas)
+def by_method(problem, alpha_retain, alpha_forget):
+    """All images, read and scored."""
+    config = DeepUnlearningConfig(
+        alpha_retain=alpha_retain, alpha_forget=alpha_forget, samples=None, select_images=10**6
+    )
+    return deep_unlearning(jax.random.key(0), problem, config)
 
-    grid = np.meshgrid(stored["alpha_r"], stored["alpha_f"], indexing="ij")
-    alphas = dict(zip("rf", (axis.ravel() for axis in grid), strict=True))
-    params, predicted = jax.device_get(edit_all(variables, grams, alphas))
-    correct = (predicted == y).reshape(*grid[0].shape, -1)
-    for side, members in (("retain", y != 0), ("forget", y == 0)):
-        accuracy, one_point = 100 * correct[..., members].mean(-1), 101 / members.sum()
-        np.testing.assert_allclose(accuracy, stored[f"train_acc_{side}"], atol=one_point)
+
+def test_the_grid_of_the_demo_has_the_accuracies_and_choice_of_the_reference_code(demo):
+    """A point on a boundary may fall on either side."""
+    stored, _, problem = demo
+    axes = (tuple(float(a) for a in stored[f"alpha_{side}"]) for side in "rf")
+    result = by_method(problem, *axes)
+    rows = result.info["grid"]
+    assert len(rows) == 70
+    for side, batches in (("retain", problem.retain), ("forget", problem.forget)):
+        accuracies = [100 * row[f"{side}_accuracy"] for row in rows]
+        one_point = 101 / batches.num_examples
+        expected = stored[f"train_acc_{side}"].ravel()
+        np.testing.assert_allclose(accuracies, expected, atol=one_point)
+    chosen = [result.info["alpha_retain"], result.info["alpha_forget"]]
+    np.testing.assert_allclose(chosen, stored["best_alphas"])
+    best = max(rows, key=lambda row: row["score"])
+    assert best["forget_accuracy"] == 0
+    assert best["score"] == pytest.approx(float(stored["best_score"]), abs=1e-6)
+    assert best["score"] >= 0.97
+    x, y = stored["x_test"], stored["y_test"]
+    sides = [
+        100 * accuracy(problem.apply_fn, result.variables, Batches(x[rows], y[rows], 300))
+        for rows in (y != 0, y == 0)
+    ]
+    np.testing.assert_allclose(sides, stored["test_acc_unlearned"], atol=101 / 300)
+    assert sides[1] == 0
+
+
+def test_edits_of_the_demo_have_the_weights_of_the_reference_code(demo):
+    stored, case, problem = demo
     assert len(pairs_of(stored)) == 5
-    edited = flatten_dict({"params": params})
     for pair in pairs_of(stored):
-        alpha_r, alpha_f = (float(alpha) for alpha in pair.removeprefix("ar").split("__af"))
-        (row,) = np.flatnonzero((alphas["r"] == alpha_r) & (alphas["f"] == alpha_f))
-        new = edited_leaves(case, stored, pair, flatten_dict(variables))
-        for path, leaf in edited.items():
+        alphas = (float(alpha) for alpha in pair.removeprefix("ar").split("__af"))
+        edited = flatten_dict(by_method(problem, *alphas).variables)
+        for path, new in edited_leaves(case, stored, pair, flatten_dict(problem.variables)).items():
             name = "/".join((pair, *path))
-            np.testing.assert_allclose(leaf[row], new[path], atol=1e-4, err_msg=name)
+            np.testing.assert_allclose(edited[path], new, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["vgg", "vit"])
+def test_the_method_gives_whole_networks_the_weights_of_the_reference_code(name, golden):
+    """Relative to a kernel's largest entry: 1e-5."""
+    with np.load(golden / f"deep_unlearning_{name}.npz") as file:
+        stored = dict(file)
+    case = CASES[name]
+    forget, retain = (
+        Batches(nhwc(stored[f"x_{side}"]), stored[f"y_{side}"], 20) for side in ("forget", "retain")
+    )
+    variables = variables_of(case, selected(stored, "param__"), np.asarray(forget.inputs))
+    k = stored["out_forget_before"].shape[1]
+    problem = UnlearningProblem(case.model.apply, variables, forget, retain, k)
+    for pair in pairs_of(stored):
+        alphas = (float(alpha) for alpha in pair.removeprefix("ar").split("__af"))
+        edited = flatten_dict(by_method(problem, *alphas).variables)
+        for path, new in edited_leaves(case, stored, pair, flatten_dict(variables)).items():
+            atol = 1e-5 * max(1, np.abs(new).max())
+            np.testing.assert_allclose(edited[path], new, atol=atol, err_msg="/".join(path))
