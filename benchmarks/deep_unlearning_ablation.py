@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
     parser.add_argument("--retain", nargs="+", type=float, metavar="ALPHA")
     parser.add_argument("--forget", nargs="+", type=float, metavar="ALPHA")
+    parser.add_argument("--images", type=int, help="of each class, for the arms of the samples")
     options = parser.parse_args()
     config = load_config(options.config, options.overrides)
     run(config, until="train")
@@ -93,7 +94,7 @@ def main() -> None:
         add(arm, judge.logits(variables), **facts)
     if not ours.searches:
         pair = {"alpha_retain": ours.alpha_retain, "alpha_forget": ours.alpha_forget}
-    for arm, variables in bench.samples(pair):
+    for arm, variables in bench.samples(pair, options.images):
         add(arm, judge.logits(variables), **pair)
     save_results(
         f"{options.config.stem}_ablation",
@@ -102,6 +103,7 @@ def main() -> None:
             "config": {k: v for k, v in to_mapping(config).items() if k != "out"},
             "grid": grid,
             "energy of the hard basis": ENERGY,
+            "images of each class": options.images,
         },
         rows=rows,
     )
@@ -127,7 +129,7 @@ class Ablation:
         )
 
     def parts(self, grid: tuple) -> Iterator[tuple[str, dict[str, Any], Any]]:
-        """``(arm, facts, variables)`` of hard and soft, one and two projectors, all and the last."""
+        """``(arm, facts, variables)``: hard and soft, one and two projectors, all and last."""
         for layers, paths in (
             ("all layers", list(self.specs)),
             ("classifier only", list(self.specs)[-1:]),
@@ -150,9 +152,11 @@ class Ablation:
                 facts, variables = self._best(edit, several)
                 yield f"soft, {name}, {layers}", facts, variables
 
-    def samples(self, pair: dict[str, float]) -> Iterator[tuple[str, Any]]:
+    def samples(self, pair: dict[str, float], images: int | None) -> Iterator[tuple[str, Any]]:
         """``(arm, variables)`` of the ways to take the Grams."""
         config, problem = replace(self.config, **pair, solver="auto"), self.problem
+        forget, retain = (_first(data, images) for data in (problem.forget, problem.retain))
+        problem = replace(problem, forget=forget, retain=retain)
         k = problem.num_classes - len(problem.forget_classes)
         for each in (1, 10, 100):
             few = replace(config, samples=each * k)
@@ -198,6 +202,13 @@ class Ablation:
         scores = [scored(self.problem, edit(*pair), self.selection)["score"] for pair in pairs]
         best = pairs[int(np.argmax(scores))]
         return {"alpha_retain": best[0], "alpha_forget": best[1]}, edit(*best)
+
+
+def _first(data: Batches, count: int | None) -> Batches:
+    """The first so many images of each class."""
+    labels = np.asarray(data.labels)
+    rows = [np.flatnonzero(labels == k)[:count] for k in np.unique(labels)]
+    return data.select(np.sort(np.concatenate(rows)))
 
 
 if __name__ == "__main__":

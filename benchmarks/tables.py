@@ -1,7 +1,7 @@
-"""The README's tables, made from the committed results and from nothing else.
+"""The tables of README.md and docs/results.md, from the committed results and from nothing else.
 
 python -m benchmarks.tables          prints them
-python -m benchmarks.tables --write  puts them into README.md, between its table markers
+python -m benchmarks.tables --write  puts them into both pages, between their table markers
 """
 
 import argparse
@@ -9,6 +9,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from benchmarks.common import RESULTS, load_results, train_score
 from benchmarks.speed import QUESTIONS
 from jaxunlearn.report import console_table
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -27,7 +29,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--write", action="store_true")
     if parser.parse_args().write:
-        README.write_text(with_tables(README.read_text()))
+        for page in PAGES:
+            page.write_text(with_tables(page.read_text()))
     else:
         for name, table in TABLES.items():
             print(f"{name}\n\n{table()}\n")
@@ -53,14 +56,24 @@ def reports() -> str:
         report = load_results(file.stem)
         models, seconds = report["models"], report["seconds"]
         forgotten = ", ".join(map(str, report["problem"]["forget_classes"]))
-        row = [report["problem"]["source"].removeprefix("tfds:"), forgotten]
+        row = [report["problem"]["source"].removeprefix("tfds:"), report["config"]["model"]["name"]]
+        row += [report["method"]["name"], forgotten]
         row.append(str(report["config"]["seed"]))
         for split in ("forget_train", "forget_test", "retain_test"):
             row.append(" / ".join(_share(model, split) for model in models.values()))
         row.append(" / ".join(_percent(model and model["mia"]) for model in models.values()))
         row.append(" / ".join(_number(seconds.get(s)) for s in ("train", "retrain", "unlearn")))
         rows.append(row)
-    head = ["data", "forgotten class", "seed", "forget train", "forget test", "retain test"]
+    head = [
+        "data",
+        "network",
+        "method",
+        "forgotten class",
+        "seed",
+        "forget train",
+        "forget test",
+        "retain test",
+    ]
     return _table([*head, "MIA efficacy", "seconds to train / retrain / unlearn"], rows)
 
 
@@ -95,6 +108,75 @@ def ablation() -> str:
     return _table([*head, "distance, retain test", "distance, forget train"], rows)
 
 
+def classes() -> str:
+    """Each class forgotten by Deep Unlearning: one row per network and way to choose the pair."""
+    lines = []
+    for file in sorted(RESULTS.glob("*_deep_unlearning_classes.json")):
+        name = file.stem.removesuffix("_deep_unlearning_classes")
+        for row in load_results(file.stem)["rows"]:
+            if row["what"] == "grid":
+                continue
+            pair = (
+                f"{row['alpha_retain']:g}, {row['alpha_forget']:g}" if "alpha_retain" in row else ""
+            )
+            figures = [
+                f"{100 * row[s]:.2f} ± {100 * row[s + '_sd']:.2f}"
+                for s in ("retain_test", "forget_test")
+            ]
+            lines.append([name.replace("_", " "), row["what"], pair, *figures])
+    return _table(
+        ["network", "pair of alphas", "retain, forget", "retain test", "forget test"], lines
+    )
+
+
+def alphas(name: str) -> str:
+    """The retain/forget front of one network, means over its classes; the pair kept in bold."""
+    rows = load_results(f"{name}_deep_unlearning_classes")["rows"]
+    chosen = next(row for row in rows if row["what"] == "one pair")
+    pair = chosen["alpha_retain"], chosen["alpha_forget"]
+    lines = []
+    for row in rows:
+        if row["what"] == "grid":
+            cells = [f"{row['alpha_retain']:g}", f"{row['alpha_forget']:g}"]
+            cells += [_percent(row.get(s)) for s in _TRAIN_FIRST]
+            best = (row["alpha_retain"], row["alpha_forget"]) == pair
+            lines.append([f"**{cell}**" if best else cell for cell in cells])
+    names = (s.replace("_", " ") for s in _TRAIN_FIRST)
+    return _table(["alpha retain", "alpha forget", *names], lines)
+
+
+def parts(name: str) -> str:
+    """The ablation of Deep Unlearning on one problem."""
+    rows = load_results(f"{name}_deep_unlearning_ablation")["rows"]
+    distances = [d for d in ("distance_retain_test", "distance_forget_test") if d in rows[0]]
+    lines = []
+    for row in rows:
+        alphas = (row.get(name) for name in ("alpha_retain", "alpha_forget"))
+        cells = [row["arm"], ", ".join("—" if a is None else f"{a:g}" for a in alphas)]
+        cells[1] = cells[1].replace("—, —", "")
+        cells += [_percent(row[s]) for s in (*_FRONT, "mia")]
+        lines.append(cells + [f"{row[d]:.3f}" for d in distances])
+    head = ["arm", "retain, forget alpha", *(s.replace("_", " ") for s in _FRONT), "MIA efficacy"]
+    return _table(
+        head + [d.replace("distance_", "distance, ").replace("_", " ") for d in distances], lines
+    )
+
+
+def imported() -> str:
+    """Weights of others in our models: right answers and the largest difference of logits."""
+    lines = [
+        [
+            row["file"],
+            row["model"],
+            f"{row['right']:,} of {row['total']:,}",
+            f"{row['stated']:,}",
+            f"{row['max_difference']:.1e}",
+        ]
+        for row in load_results("imported_weights")["rows"]
+    ]
+    return _table(["file", "model", "right", "stated", "largest difference of logits"], lines)
+
+
 def speed() -> str:
     """The committed speed results."""
     files = [RESULTS / "speed" / f"{question}.json" for question in QUESTIONS]
@@ -123,6 +205,7 @@ def speed_table(results: list[dict[str, Any]]) -> str:
     return _table(["question", "case", "ratio", "ratio of CPU time", "bar", ""], rows)
 
 
+_TRAIN_FIRST = ("retain_train", "forget_train", "retain_test", "forget_test")
 _FRONT = ("forget_train", "retain_train", "forget_test", "retain_test")
 TABLES: dict[str, Callable[[], str]] = {
     "output": output,
@@ -130,6 +213,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "front_cifar10": lambda: front("cifar10_resnet20_unsc"),
     "front_fashion_mnist": lambda: front("fashion_mnist_unsc"),
     "ablation": ablation,
+    "classes": classes,
+    **{
+        f"alphas_{name}": partial(alphas, name)
+        for name in ("cifar10_resnet20", "cifar10_resnet32", "cifar10_resnet8")
+    },
+    **{f"parts_{name}": partial(parts, name) for name in ("digits", "cifar10_resnet20")},
+    "imported": imported,
     "speed": speed,
 }
 

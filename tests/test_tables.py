@@ -1,16 +1,14 @@
-"""The README's measured tables."""
+"""The measured tables of the README and of docs/results.md."""
 
-from pathlib import Path
+from benchmarks.tables import MARKED, PAGES, TABLES, with_tables
 
-from benchmarks.tables import MARKED, TABLES, with_tables
-
-README = Path(__file__).parents[1] / "README.md"
+README = PAGES[0]
 
 
-def test_readme_tables_are_what_the_committed_results_print():
-    text = README.read_text(encoding="utf-8")
-    assert {match[2] for match in MARKED.finditer(text)} == set(TABLES)
-    assert with_tables(text) == text
+def test_tables_are_what_the_committed_results_print():
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    assert {match[2] for text in texts for match in MARKED.finditer(text)} == set(TABLES)
+    assert [with_tables(text) for text in texts] == texts
 
 
 def test_a_changed_number_in_a_table_is_noticed():
