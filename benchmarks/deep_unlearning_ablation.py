@@ -41,7 +41,7 @@ from jaxunlearn.experiment import run
 from jaxunlearn.gram import accumulate_gram
 from jaxunlearn.methods import DeepUnlearningConfig, UnlearningProblem, deep_unlearning
 from jaxunlearn.methods.collection import Task, collect
-from jaxunlearn.methods.selection import scored, training_selection
+from jaxunlearn.methods.selection import scored, selection_of
 from jaxunlearn.preparation import has_reference, prepare
 from jaxunlearn.soft_projectors import importance_solve
 from jaxunlearn.subspace import leading_space
@@ -124,8 +124,12 @@ class Ablation:
             side: {path: state.gram for path, state in moments.items()}  # type: ignore[union-attr]
             for side, moments in collected._asdict().items()
         }
-        self.selection = training_selection(
-            self.key, problem, images=config.select_images, batch_size=config.batch_size
+        self.selection = selection_of(
+            jax.random.fold_in(self.key, 1),
+            problem,
+            classes,
+            images=config.select_images,
+            batch_size=config.batch_size,
         )
 
     def parts(self, grid: tuple) -> Iterator[tuple[str, dict[str, Any], Any]]:
@@ -177,7 +181,9 @@ class Ablation:
             views = replace(config, augment_samples=True)
             yield "augmented images", self._run(problem, views)
         if any(spec.conv for spec in self.specs.values()):
-            shipped = replace(config, patches="crop3k", max_rows=10_000, solver="cholesky")
+            windows = replace(config, patches="crop3k", solver="cholesky")
+            yield "windows of three kernels", self._run(problem, windows)
+            shipped = replace(windows, max_rows=10_000)
             yield "windows of three kernels, 10,000 rows", self._run(problem, shipped)
 
     def _run(self, problem: UnlearningProblem, config: DeepUnlearningConfig) -> Any:

@@ -3,11 +3,12 @@ r"""Every class of a data set forgotten by Deep Unlearning, from one pass of per
 The pair of alphas is chosen twice, both times on the train data that the config's select_images
 asks for and never on test data: one pair for all classes (the best mean score; the headline), and
 one for each class. The front is the mean over the classes at every pair of the grid, on these
-train images; the pairs that no other pair beats on both axes are also measured on the test set.
+train images; the pairs that no other pair beats on both axes are also measured on the test set
+(``--measured N``: the N best of them by score).
 
     python -m benchmarks.deep_unlearning_classes configs/cifar10_resnet20_deep_unlearning.toml
 
-The grid is that of the command line, the config's own if that is left out. ``--samples`` is the
+The grid is that of the command line, else the config's own or the default one. ``--samples`` is the
 number of images of each class that the Grams are taken of (default: all).
 """
 
@@ -49,13 +50,15 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
     parser.add_argument("--retain", nargs="+", type=float, metavar="ALPHA")
     parser.add_argument("--forget", nargs="+", type=float, metavar="ALPHA")
+    parser.add_argument("--measured", type=int, help="pairs of the front on test; default all")
     parser.add_argument("--samples", type=int, help="images of each class for the Grams")
     options = parser.parse_args()
     config = load_config(options.config, options.overrides)
     run(config, until="train")
     prepared = prepare(config)
     settings: DeepUnlearningConfig = prepared.method_config
-    grid = options.retain or settings.grid[0], options.forget or settings.grid[1]
+    given = settings if settings.searches else DeepUnlearningConfig()
+    grid = options.retain or given.grid[0], options.forget or given.grid[1]
     settings = replace(settings, alpha_retain=tuple(grid[0]), alpha_forget=tuple(grid[1]))
     sweep = Sweep(prepared, settings, options.samples)
 
@@ -65,6 +68,7 @@ def main() -> None:
     means = _mean_table(tables)
     chosen = max(means, key=lambda row: row["score"])
     front = [row for row in means if not any(_beats(other, row) for other in means)]
+    front = sorted(front, key=lambda row: -row["score"])[: options.measured]
     for row in front:
         row["test"] = [sweep.on_test(k, row) for k in sweep.classes]
         row |= _summary(row["test"])
@@ -90,7 +94,7 @@ def main() -> None:
         },
         rows=rows,
     )
-    print_table(sorted(front, key=lambda row: -row["score"]), COLUMNS)
+    print_table(front, COLUMNS)
     for row in rows[:3]:
         print(f"{row['what']}: {_printed(row, 'retain_test')}, {_printed(row, 'forget_test')}")
 

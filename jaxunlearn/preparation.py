@@ -73,6 +73,10 @@ def prepare(config: RunConfig) -> Prepared:
         seed=config.data.split_seed,
     )
     _check_scope(method, config, splits)
+    if getattr(method_config, "select_on", None) == "test" and not len(splits.forget_test):
+        raise ValueError(
+            'unlearn.select_on = "test": forgotten samples have no test data; write "train"'
+        )
     network = build_network(config.model, config.data, source)
     train, retrain = config.train, config.retrain
     augment = augmenter(crop=train.crop, flip=train.flip) if train.crop or train.flip else None

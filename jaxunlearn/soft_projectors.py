@@ -132,7 +132,13 @@ def certified_basis(
             "for which the bound holds, and a tolerance in (0, 1)"
         )
     left_out = tolerance / (alpha - tolerance * (alpha - 1))
-    w, U = randomized_eigh(gram, energy=1 - left_out)
+    return nystrom_basis(gram, *randomized_eigh(gram, energy=1 - left_out))
+
+
+def nystrom_basis(
+    gram: Float[Array, "d d"], w: Float[Array, " r"], U: Float[Array, "d r"]
+) -> Eigenbasis:
+    """Eigenbasis of ``G U diag(w)⁻¹ Uᵀ G``, for Ritz pairs ``Uᵀ G U = diag(w)`` of ``G``."""
     scale = jnp.where(w > 0, 1 / jnp.sqrt(nonzero(w)), 0)
     return eigenbasis_of_rows((jnp.matmul(gram, U, precision=HIGHEST) * scale[None]).T)
 

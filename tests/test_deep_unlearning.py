@@ -12,12 +12,19 @@ from flax.traverse_util import flatten_dict
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import describe_layers, layer_inputs
 from jaxunlearn.gram import GramState, accumulate_class_grams, accumulate_gram, merge_layers
-from jaxunlearn.layers import LayerInput, inputs_as_rows, kernel_as_matrix, leaves_by_path
+from jaxunlearn.layers import (
+    LayerInput,
+    LayerSpec,
+    inputs_as_rows,
+    kernel_as_matrix,
+    leaves_by_path,
+)
 from jaxunlearn.methods import DeepUnlearningConfig, UnlearningProblem, deep_unlearning
 from jaxunlearn.methods.alpha_grid import edit_grid
 from jaxunlearn.methods.collection import Task, collect, reference_rows
-from jaxunlearn.methods.selection import scored, training_selection
+from jaxunlearn.methods.selection import scored, selection_of
 from jaxunlearn.sharding import data_mesh
+from jaxunlearn.taps import tapped
 from jaxunlearn.training import accuracy, fit, sgd
 
 K = 4
@@ -216,6 +223,88 @@ def test_on_eight_devices_the_edit_is_that_on_one(problem, result):
     assert_same(split.variables, result.variables)
 
 
+def test_layers_may_be_edited_in_any_order(problem, specs, result):
+    """Grams are those of the original model, so that no edit knows of another."""
+    one_by_one = problem.variables
+    for path in reversed(specs):
+        alone = dataclasses.replace(PAIR, layer_filter=(path,))
+        edited = deep_unlearning(KEY, problem, alone).variables["params"][path]
+        one_by_one = {**one_by_one, "params": {**one_by_one["params"], path: edited}}
+    assert_same(one_by_one, result.variables, atol=1e-6)
+
+
+class Lifted(nn.Module):
+    """A scanned stack, a layer called twice, a layer that reads zeros, and a head in bfloat16."""
+
+    @nn.compact
+    def __call__(self, x):
+        stack = nn.scan(
+            Step, {"params": 0, "intermediates": 0}, split_rngs={"params": True}, length=2
+        )
+        x, _ = stack(name="stack")(x.reshape(x.shape[0], -1)[:, :6], None)
+        shared = nn.Dense(6, name="shared")
+        x = nn.relu(shared(nn.relu(shared(x))))
+        x = x + nn.Dense(6, name="dead")(0 * x)
+        return nn.Dense(K, param_dtype=jnp.bfloat16, name="head")(x)
+
+
+class Step(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.relu(nn.Dense(6, name="dense")(x)), None
+
+
+def test_stacked_shared_dead_and_bfloat16_layers_are_edited_like_any_other(data):
+    x, labels, _ = data
+    variables = Lifted().init(jax.random.key(3), x)
+    problem = dataclasses.replace(problem_of((x, labels, variables), 1), apply_fn=Lifted().apply)
+    result = deep_unlearning(KEY, problem, PAIR)
+    params, old = result.variables["params"], variables["params"]
+    np.testing.assert_array_equal(params["dead"]["kernel"], old["dead"]["kernel"])
+    assert params["head"]["kernel"].dtype == jnp.bfloat16
+    specs = describe_layers(Lifted().apply, variables, x)
+    reader = layer_inputs(Lifted().apply, specs)
+    P = {}
+    for side, alpha in (("retain", 30.0), ("forget", 3.0)):
+        layers = reader(variables, {"inputs": getattr(problem, side).inputs})
+        stack = np.float64(layers["stack/dense"].calls[0])
+        P[side] = {
+            "stack": [by_svd(rows, alpha) for rows in stack],
+            "shared": by_svd(np.float64(np.concatenate(layers["shared"].calls)), alpha),
+            "head": by_svd(np.float64(layers["head"].calls[0]), alpha),
+        }
+
+    def expected(K0, P_r, P_f):
+        return K0 - P_f @ (K0 - P_r @ K0)
+
+    stacked = np.float64(old["stack"]["dense"]["kernel"])
+    for i in range(2):
+        np.testing.assert_allclose(
+            params["stack"]["dense"]["kernel"][i],
+            expected(stacked[i], P["retain"]["stack"][i], P["forget"]["stack"][i]),
+            atol=1e-5,
+        )
+    for layer, atol in (("shared", 1e-5), ("head", 1e-2)):
+        K0 = np.float64(old[layer]["kernel"])
+        edited = expected(K0, P["retain"][layer], P["forget"][layer])
+        np.testing.assert_allclose(np.float64(params[layer]["kernel"]), edited, atol=atol)
+        change = np.linalg.norm(np.float64(params[layer]["kernel"]) - K0) / np.linalg.norm(K0)
+        assert result.info["layers"][layer]["change"] == pytest.approx(change, rel=1e-3)
+
+
+def test_layers_that_share_a_kernel_are_refused(problem):
+    """One edit would undo the other."""
+
+    def twice(params, x, tap):
+        x = tap("first", x.reshape(x.shape[0], -1)[:, :K]) @ params["w"]
+        return tap("second", x) @ params["w"]
+
+    specs = {name: LayerSpec(name, (K, K), kernel="w") for name in ("first", "second")}
+    apply_fn = tapped(twice, specs)
+    tied = dataclasses.replace(problem, apply_fn=apply_fn, variables={"params": {"w": jnp.eye(K)}})
+    refused(tied, r"share the kernels \['w'\]")
+
+
 # --- the grid ------------------------------------------------------------------------------------
 
 
@@ -267,10 +356,18 @@ def test_the_choice_reads_training_data_alone_unless_told_otherwise(problem, sea
     assert any("test data" in note for note in other.info["notes"])
 
 
-def test_a_smaller_selection_is_half_forget_half_retain(problem):
-    picked = training_selection(KEY, problem, images=11, batch_size=4)
-    assert (picked.forget.num_examples, picked.retain.num_examples) == (5, 6)
-    assert set(np.asarray(picked.forget.labels)) == {1}
+def test_a_selection_is_half_forget_and_half_retain_and_draws_all_retained_alike(data):
+    """Classes that are forgotten later are retained until then, and no more of them are drawn."""
+    x, labels, _ = data
+    many = (np.repeat(x, 50, axis=0), np.repeat(labels, 50), data[2])
+    problem = problem_of(many, 0, 1)
+    for gone, retained in (((0, 1), 2), ((0,), 3)):
+        picked = selection_of(KEY, problem, gone, images=301, batch_size=4)
+        assert (picked.forget.num_examples, picked.retain.num_examples) == (150, 151)
+        assert set(np.asarray(picked.forget.labels)) == set(gone)
+        counts = np.bincount(picked.retain.labels, minlength=K)
+        assert (counts[list(gone)] == 0).all()
+        np.testing.assert_allclose(counts[counts > 0], 151 / retained, atol=20)
 
 
 # --- the paper's toy -----------------------------------------------------------------------------
@@ -444,11 +541,11 @@ def test_a_curve_scores_the_first_classes_forgotten_from_the_original_model(data
     both = problem_of(data, 0, 2)
     result = deep_unlearning(KEY, both, dataclasses.replace(PAIR, curve=True))
     first = deep_unlearning(KEY, problem_of(data, 0), PAIR)
-    selection = training_selection(KEY, both, images=100, batch_size=8)
     for gone, variables, point in zip(
         ((0,), (0, 2)), (first.variables, result.variables), result.info["curve"], strict=True
     ):
-        assert point == {"classes": gone} | scored(both, variables, selection.with_gone(gone))
+        selection = selection_of(KEY, both, gone, images=100, batch_size=8)  # all there are
+        assert point == {"classes": gone} | scored(both, variables, selection)
 
 
 def test_stale_grams_are_refused_unless_asked_for(data, class_grams):
@@ -458,6 +555,17 @@ def test_stale_grams_are_refused_unless_asked_for(data, class_grams):
         deep_unlearning(KEY, store, config)
     result = deep_unlearning(KEY, store, dataclasses.replace(config, stale_grams=True))
     assert any("edited again" in note for note in result.info["notes"])
+
+
+def test_total_and_some_classes_are_store_enough(data, reader, class_grams):
+    """What is stored is not read again; what the total lacks of classes it has in sum."""
+    x, labels, variables = data
+    total = accumulate_gram(reader, variables, Batches(x, labels, 8))
+    direct = deep_unlearning(KEY, problem_of(data, 1), PAIR).variables
+    for stored in ((), (1,), (1, 3), (0, 3)):
+        grams = {"total": total} | {k: class_grams[k] for k in stored}
+        store = problem_of(data, 1, retain=None, grams=grams)
+        assert_same(deep_unlearning(KEY, store, PAIR).variables, direct, atol=1e-4)
 
 
 def test_samples_that_are_read_like_retained_ones_are_shrunk_by_their_eigenvalue(x64):
@@ -531,6 +639,8 @@ def test_a_window_is_three_kernels_wide_and_the_same_for_all_images(specs):
         ({"samples": 0}, "samples = 0: wanted at least 1"),
         ({"select_images": 1}, "select_images = 1: wanted at least 2"),
         ({"max_rows": 3, "solver": "dual"}, "cholesky"),
+        ({"retain_weights": "balanced", "solver": "dual"}, "adds Grams up"),
+        ({"alpha_forget": (0.5, 3.0), "solver": "randomized"}, "its bound needs 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
@@ -552,12 +662,17 @@ def test_settings_that_do_not_fit_the_problem_are_refused_before_work(data, prob
     refused(store, "scored on retain images", alpha_retain=(1.0, 2.0))
     refused(store, "have no say", max_rows=7)
     total = dataclasses.replace(problem, grams={"total": class_grams[0]})
-    refused(total, "Grams of every class", retain_weights="balanced")
-    refused(dataclasses.replace(problem, grams={}), 'no class and no "total"')
+    refused(total, "Grams of every retained class", retain_weights="balanced")
+    few = {k: class_grams[k] for k in (0, 1, 3)}
+    refused(dataclasses.replace(problem, grams=few), r"has the classes \[0, 1, 3\] and no")
+    refused(problem, "has no augmentation", augment_samples=True)
+    twice = dataclasses.replace(problem, forget_classes=(1, 1))
+    refused(twice, "name a class twice")
     samples = dataclasses.replace(problem, forget_classes=())
     refused(samples, "for classes", sequential=True)
     meshed = dataclasses.replace(problem, mesh=data_mesh(8))
     refused(meshed, "on one device", solver="dual")
+    refused(meshed, "leave mesh out", max_rows=5)
 
 
 def test_an_edit_that_is_not_finite_is_an_error_and_no_result(problem, class_grams):

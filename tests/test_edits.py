@@ -38,6 +38,40 @@ def test_the_edit_is_its_formula_and_the_sides_matter():
     np.testing.assert_array_equal(edited["norm"]["scale"], PARAMS["norm"]["scale"])
 
 
+def test_in_double_precision_the_edit_is_its_formula_and_no_other(x64):
+    """``W' = W Tᵀ`` with ``T = I - P_f (I - P_r)`` in torch's orientation; ``W T`` is another."""
+    rng = np.random.default_rng(0)
+    K = jnp.asarray(rng.normal(size=(6, 3)))
+    rows = [jnp.asarray(rng.normal(size=(4, 6)) * np.arange(1, 7)) for _ in range(2)]
+    P_f, P_r = (importance_solve(X.T @ X, alpha=30.0) for X in rows)
+    edited = suppress_subspace({"fc": {"kernel": K}}, SPEC, forget={"fc": P_f}, retain={"fc": P_r})
+    removed = np.asarray(P_f.dense()) @ (np.eye(6) - np.asarray(P_r.dense()))
+    T, W = np.eye(6) - removed.T, np.asarray(K).T
+    np.testing.assert_allclose(edited["fc"]["kernel"], (W @ T).T, atol=1e-12)
+    assert np.linalg.norm(edited["fc"]["kernel"] - (W @ T.T).T) > 0.01
+
+
+def test_on_flat_spectra_equal_spaces_stay_and_orthogonal_ones_go(x64):
+    """Rank r: what is retained as well stays to r/α; what is not goes to r/α_f."""
+    rng = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(rng.normal(size=(6, 6)))
+    X_f, X_r = basis[:, :2].T, basis[:, 2:5].T
+    K = rng.normal(size=(6, 3))
+
+    def edit(retain, alpha_r, alpha_f):
+        P_r = importance_solve(jnp.asarray(retain.T @ retain), alpha=alpha_r)
+        P_f = importance_solve(jnp.asarray(X_f.T @ X_f), alpha=alpha_f)
+        params = {"fc": {"kernel": jnp.asarray(K)}}
+        edited = suppress_subspace(params, SPEC, forget={"fc": P_f}, retain={"fc": P_r})
+        return np.asarray(edited["fc"]["kernel"])
+
+    same = edit(X_f, 1e8, 1e8)
+    assert np.linalg.norm(same - K) <= 2 / 1e8 * np.linalg.norm(K) * 1.01
+    other = edit(X_r, 100.0, 1e4)
+    np.testing.assert_allclose(X_r @ other, X_r @ K, atol=1e-12)
+    assert np.linalg.norm(X_f @ other) <= 2 / 1e4 * np.linalg.norm(X_f @ K)
+
+
 def test_without_a_retain_space_the_whole_forget_space_goes():
     X = jax.random.normal(jax.random.key(1), (2, 6))
     hard = top_eigenspace(eigenbasis(X.T @ X), energy=0.9999)

@@ -111,6 +111,10 @@ def check_problem(
 
 def _check_classes(problem: UnlearningProblem) -> None:
     k, classes = problem.num_classes, set(problem.forget_classes)
+    if len(classes) < len(problem.forget_classes):
+        raise ValueError(
+            f"forget_classes {problem.forget_classes} name a class twice; once is enough"
+        )
     if wrong := sorted(c for c in classes if not 0 <= c < k):
         raise ValueError(f"forget_classes {wrong} are not among the classes 0 to {k - 1}")
     if len(classes) >= k:
@@ -145,7 +149,13 @@ def _check_model(problem: UnlearningProblem) -> None:
 
 def stored_classes(problem: UnlearningProblem) -> list[int]:
     """Classes whose Grams a problem holds, in increasing order."""
-    return sorted(k for k in problem.grams or {} if isinstance(k, int))
+    return sorted(int(k) for k in problem.grams or {} if not isinstance(k, str))
+
+
+def covers_retained(problem: UnlearningProblem) -> bool:
+    """Whether the Grams of all classes that are not forgotten as a whole are there."""
+    retained = set(range(problem.num_classes)) - set(problem.forget_classes)
+    return retained <= set(stored_classes(problem))
 
 
 def stored_grams(

@@ -3,6 +3,7 @@
 Or from the Grams that a problem brings along: sums over classes, or the total less the forget data.
 """
 
+import zlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +16,12 @@ from jaxunlearn.batches import Batches
 from jaxunlearn.capture import InputsFn
 from jaxunlearn.gram import GramState, accumulate_gram, downdate_gram, merge_layers
 from jaxunlearn.layers import LayerInput, LayerSpec, inputs_as_rows
-from jaxunlearn.methods.base import UnlearningProblem, stored_classes, stored_grams
+from jaxunlearn.methods.base import (
+    UnlearningProblem,
+    covers_retained,
+    stored_classes,
+    stored_grams,
+)
 from jaxunlearn.methods.deep_unlearning_config import DeepUnlearningConfig
 from jaxunlearn.moments import Moments, accumulate_moments, wide_layers
 
@@ -65,8 +71,10 @@ def collect(
     retain_key, forget_key, retain_rows, forget_rows = jax.random.split(key, 4)
     retain = _retained(retain_key, task, gone)
     if task.config.retain_weights == "balanced":
-        classes = (retain.of_class(k) for k in _classes(retain))
-        of_retain = _sum(_normalised(_read(retain_rows, task, variables, c)) for c in classes)
+        keys = ((jax.random.fold_in(retain_rows, k), k) for k in _classes(retain))
+        of_retain = _sum(
+            _normalised(_read(key, task, variables, retain.of_class(k))) for key, k in keys
+        )
     else:
         of_retain = _read(retain_rows, task, variables, retain)
     forget = _forgotten(forget_key, task, now)
@@ -80,24 +88,22 @@ def _from_store(
     now: Collection[int],
     gone: Collection[int],
 ) -> Collected:
-    """Sums of class Grams; or the total less the forget data, all of which are read."""
+    """Sums of class Grams; or the total less the forget data, all of which count."""
     problem, specs = task.problem, task.specs
-    classes = stored_classes(problem)
-    if not classes:
-        forget = _read(key, task, variables, problem.forget)
-        total = stored_grams(problem, "total", specs)
+    kept = {k: stored_grams(problem, k, specs) for k in stored_classes(problem)}
+    total = None if covers_retained(problem) else stored_grams(problem, "total", specs)
+    if now and kept.keys() >= set(now):
+        forget = _sum(kept[k] for k in now)
+    else:
+        images = problem.forget if total is not None else _forgotten(key, task, now)
+        forget = _read(key, task, variables, images)
+    if total is not None:
         rest = {p: downdate_gram(total[p], forget[p]) for p in specs}  # type: ignore[arg-type]
         return Collected(rest, forget)
-
-    def stored(k: int) -> Moments:
-        grams = stored_grams(problem, k, specs)
-        return _normalised(grams) if task.config.retain_weights == "balanced" else grams
-
-    retain = _sum(stored(k) for k in classes if k not in gone)
-    if now and {*now} <= {*classes}:
-        return Collected(retain, _sum(stored_grams(problem, k, specs) for k in now))
-    key, forget_key = jax.random.split(key)
-    return Collected(retain, _read(key, task, variables, _forgotten(forget_key, task, now)))
+    retained: list[Moments] = [grams for k, grams in kept.items() if k not in gone]
+    if task.config.retain_weights == "balanced":
+        retained = [_normalised(grams) for grams in retained]
+    return Collected(_sum(retained), forget)
 
 
 def _classes(batches: Batches) -> list[int]:
@@ -114,7 +120,7 @@ def _retained(key: PRNGKeyArray, task: Task, gone: Collection[int]) -> Batches:
     retain = _drawn(key, problem.retain, classes, each)
     if not later:
         return retain
-    more = _drawn(key, problem.forget, later, each)
+    more = _drawn(jax.random.fold_in(key, 1), problem.forget, later, each)
     return Batches(
         jnp.concatenate([retain.inputs, more.inputs]),
         jnp.concatenate([retain.labels, more.labels]),
@@ -198,8 +204,10 @@ def reference_rows(
 
     def inputs(variables: Any, batch: Mapping[str, Array]) -> dict[str, LayerInput]:
         layers = inputs_fn(variables, batch)
-        keys = jax.random.split(key, (len(layers), 2))
-        for (path, layer), (window_key, rows_key) in zip(list(layers.items()), keys, strict=True):
+        for path, layer in list(layers.items()):
+            # One key for all layers of a module: query, key and value read the same rows.
+            module = zlib.crc32(path.rpartition("/")[0].encode())
+            window_key, rows_key = jax.random.split(jax.random.fold_in(key, module))
             if config.patches == "crop3k" and layer.spec.conv:
                 layer = LayerInput(
                     layer.spec, tuple(_window(window_key, layer.spec, x) for x in layer.calls)

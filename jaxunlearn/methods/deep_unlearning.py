@@ -12,14 +12,14 @@ same Grams, with one factorisation per layer and alpha; the pair with the larges
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
-import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from jaxunlearn.capture import describe_layers, layer_inputs
 from jaxunlearn.layers import LayerSpec
@@ -28,13 +28,17 @@ from jaxunlearn.methods.base import Unlearned, UnlearningProblem, all_finite, ch
 from jaxunlearn.methods.collection import Task, collect
 from jaxunlearn.methods.deep_unlearning_config import DeepUnlearningConfig, check_settings
 from jaxunlearn.methods.diagnostics import edit_figures
-from jaxunlearn.methods.selection import Selection, scored, training_selection
+from jaxunlearn.methods.selection import Selection, scored, selection_of
 from jaxunlearn.methods.spaces import spectra
 
 NEEDS = frozenset({"forget", "retain"})
 SCOPES = frozenset({"class", "classes", "samples"})
 
 Variables = Mapping[str, Any]
+_NOT_FINITE = (
+    "deep_unlearning: an edited kernel is not finite; wanted alphas of at most 3000, which are "
+    "safe in float32, and Grams without negative eigenvalues"
+)
 
 
 def deep_unlearning(
@@ -42,9 +46,10 @@ def deep_unlearning(
 ) -> Unlearned:
     """Unlearn classes or samples by one closed-form edit of the kernels.
 
-    Two forward passes over ``samples`` images each, two Cholesky factorisations per layer and pair
-    of alphas (``d³/3`` flops each), and for a grid one evaluation of ``select_images`` training
-    images per pair. Memory: two Grams per layer, and one copy of the kernels per pair.
+    Two forward passes, over ``samples`` retain images and as many of each forgotten class; for
+    ``r × f`` alphas, ``r + f`` Cholesky factorisations per layer (``d³/3`` flops each); for a grid
+    one evaluation of ``select_images`` training images per pair. Memory: two Grams per layer, and
+    one copy of the kernels per pair.
 
     Args:
       key: samples of images.
@@ -72,123 +77,128 @@ def deep_unlearning(
     check_problem(problem, method="deep_unlearning", needs=NEEDS, scopes=SCOPES)
     check_settings(problem, config)
     specs = _layers_to_edit(problem, config)
+    _refuse_tied(specs)
     task = Task(problem, config, specs, layer_inputs(problem.apply_fn, specs))
-    select_key, key = jax.random.split(key)
-    selection = _selection(select_key, task)
     classes = problem.forget_classes
-    if not config.sequential or len(classes) < 2:
-        variables, info = _edit(key, task, problem.variables, selection, classes, classes)
-        if config.curve and info["alpha_retain"] is not None:
-            chosen = ([info["alpha_retain"]], [info["alpha_forget"]])
-            info |= _curve_of_prefixes(key, task, selection, chosen)
-        return Unlearned(variables, info)
+    several = len(classes) > 1
+    if config.sequential and several:
+        return _one_after_another(key, task)
+    variables, info = _edit(key, task, problem.variables, classes, classes, config.grid)
+    if config.curve and several and info["alpha_retain"] is not None:
+        info |= {"curve": _curve(key, task, variables, info), "order": "together"}
+    return Unlearned(variables, info)
 
-    return _one_after_another(key, task, selection)
 
-
-def _one_after_another(key: PRNGKeyArray, task: Task, selection: Selection | None) -> Unlearned:
+def _one_after_another(key: PRNGKeyArray, task: Task) -> Unlearned:
     """An edit for each class, from the weights that the one before left."""
     variables, classes = task.problem.variables, task.problem.forget_classes
-    curve, steps = [], []
+    curve, steps, notes = [], [], []
     seconds: dict[str, float] = {}
     for i, k in enumerate(classes):
-        gone = classes[: i + 1]
-        step_key = jax.random.fold_in(key, i)
-        variables, info = _edit(step_key, task, variables, selection, (k,), gone)
-        curve.append(_point(task, variables, selection, gone))
+        gone, step_key = classes[: i + 1], jax.random.fold_in(key, i)
+        variables, info = _edit(step_key, task, variables, (k,), gone, task.config.grid)
+        curve.append(_point(step_key, task, variables, gone))
         names = ("alpha_retain", "alpha_forget", "unedited")
         steps.append({"class": k} | {name: info[name] for name in names})
+        notes += [f"Class {k}: {note}" for note in info["notes"]]
         seconds = {part: seconds.get(part, 0) + s for part, s in info["seconds"].items()}
     # What is left of info describes the last edit; its grid would pass for that of all.
-    info |= {"curve": curve, "order": "one after another", "steps": steps, "seconds": seconds}
-    return Unlearned(variables, info | {"grid": []})
+    info |= {"curve": curve, "order": "one after another", "steps": steps, "grid": []}
+    return Unlearned(variables, info | {"seconds": seconds, "notes": notes})
+
+
+def _curve(
+    key: PRNGKeyArray, task: Task, variables: Variables, info: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The first class forgotten, the first two, and so on, each from the original model."""
+    pair = [info["alpha_retain"]], [info["alpha_forget"]]
+    classes, curve = task.problem.forget_classes, []
+    for m in range(1, len(classes)):
+        gone = classes[:m]
+        edited, _ = _edit(key, task, task.problem.variables, gone, gone, pair)
+        curve.append(_point(key, task, edited, gone))
+    return [*curve, _point(key, task, variables, classes)]
 
 
 def _edit(
     key: PRNGKeyArray,
     task: Task,
     variables: Variables,
-    selection: Selection | None,
     now: tuple[int, ...],
     gone: tuple[int, ...],
-    grid: Grid | None = None,
+    alphas: Grid,
 ) -> tuple[Variables, dict[str, Any]]:
     """One request: collect, edit for every pair, keep the best."""
-    specs, alphas = task.specs, grid or task.config.grid
+    collect_key, select_key = jax.random.split(key)
     seconds: dict[str, float] = {}
     with _timed(seconds, "grams"):
-        collected = jax.block_until_ready(collect(key, task, variables, now=now, gone=gone))
+        collected = jax.block_until_ready(collect(collect_key, task, variables, now=now, gone=gone))
     with _timed(seconds, "solve"):
         edited = edited_kernels(
-            specs, variables["params"], collected, alphas, solver=task.config.solver
+            task.specs, variables["params"], collected, alphas, solver=task.config.solver
         )
         jax.block_until_ready(edited)
-    rows: list[dict[str, float]] = []
-    unedited, best = None, (0, 0)
-    pairs = [(i, j) for i in range(len(alphas[0])) for j in range(len(alphas[1]))]
-    if len(pairs) > 1:
-        assert selection is not None  # check_settings
-        shown = selection.with_gone(gone) if gone else selection
+    info: dict[str, Any] = {"grid": [], "unedited": None, "notes": _notes(task, now, gone)}
+    best: tuple[int, int] | None = (0, 0)
+    if max(map(len, alphas)) > 1:
         with _timed(seconds, "score"):
-            unedited = scored(task.problem, variables, shown)
-            for i, j in pairs:
-                candidate = with_kernels(specs, variables, edited, i, j)
-                row = {"alpha_retain": alphas[0][i], "alpha_forget": alphas[1][j]}
-                rows.append(row | scored(task.problem, candidate, shown))
-        best = pairs[int(np.argmax([row["score"] for row in rows]))]  # the first of equals
-    info: dict[str, Any] = {"grid": rows, "unedited": unedited}
+            best, found = _search(select_key, task, variables, edited, gone, alphas)
+        info |= found
     counts = {side: int(next(iter(m.values())).count) for side, m in collected._asdict().items()}
     info |= {"images": counts, "seconds": seconds}
-    info["notes"] = _notes(task, now, gone)
     if task.config.solver == "eigh":
         info["spectra"] = spectra(collected)
-    if unedited is not None and max(row["score"] for row in rows) <= unedited["score"]:
+    if best is None:
         info["notes"].append(
             "No pair of the grid scored above the unedited model, which is returned as it was."
         )
         return variables, info | {"alpha_retain": None, "alpha_forget": None, "layers": {}}
-    result = with_kernels(specs, variables, edited, *best)
+    result = with_kernels(task.specs, variables, edited, *best)
     if not all_finite(result["params"]):
-        raise FloatingPointError(
-            "deep_unlearning: an edited kernel is not finite; wanted alphas of at most 3000, which "
-            "are safe in float32, and Grams without negative eigenvalues"
-        )
+        raise FloatingPointError(_NOT_FINITE)
     info |= {"alpha_retain": alphas[0][best[0]], "alpha_forget": alphas[1][best[1]]}
-    info["layers"] = edit_figures(specs, collected.retain, collected.forget, variables, result)
-    return result, info
+    figures = edit_figures(task.specs, collected.retain, collected.forget, variables, result)
+    return result, info | {"layers": figures}
 
 
-def _curve_of_prefixes(
-    key: PRNGKeyArray, task: Task, selection: Selection | None, chosen: Grid
-) -> dict[str, Any]:
-    """The first class forgotten, the first two, and so on, each from the original model."""
-    curve, classes = [], task.problem.forget_classes
-    for m in range(1, len(classes) + 1):
-        gone = classes[:m]
-        variables, _ = _edit(key, task, task.problem.variables, None, gone, gone, chosen)
-        curve.append(_point(task, variables, selection, gone))
-    return {"curve": curve, "order": "together"}
+def _search(
+    key: PRNGKeyArray,
+    task: Task,
+    variables: Variables,
+    edited: Mapping[str, Array],
+    gone: tuple[int, ...],
+    alphas: Grid,
+) -> tuple[tuple[int, int] | None, dict[str, Any]]:
+    """The first of the best pairs, None if no pair beats the unedited model; and all scores."""
+    selection = _selection(key, task, gone)
+    unedited = scored(task.problem, variables, selection)
+    rows, best, most = [], None, unedited["score"]
+    for i, alpha_retain in enumerate(alphas[0]):
+        for j, alpha_forget in enumerate(alphas[1]):
+            candidate = with_kernels(task.specs, variables, edited, i, j)
+            if not all_finite(candidate["params"]):
+                continue
+            figures = scored(task.problem, candidate, selection)
+            rows.append({"alpha_retain": alpha_retain, "alpha_forget": alpha_forget} | figures)
+            if figures["score"] > most:
+                best, most = (i, j), figures["score"]
+    if not rows:
+        raise FloatingPointError(_NOT_FINITE)
+    found: dict[str, Any] = {"grid": rows, "unedited": unedited}
+    return best, found
+
+
+def _selection(key: PRNGKeyArray, task: Task, gone: tuple[int, ...]) -> Selection:
+    config = task.config
+    images = None if config.select_on == "test" else config.select_images
+    return selection_of(key, task.problem, gone, images=images, batch_size=config.batch_size)
 
 
 def _point(
-    task: Task, variables: Variables, selection: Selection | None, gone: tuple[int, ...]
+    key: PRNGKeyArray, task: Task, variables: Variables, gone: tuple[int, ...]
 ) -> dict[str, Any]:
-    assert selection is not None  # check_settings
-    return {"classes": gone} | scored(task.problem, variables, selection.with_gone(gone))
-
-
-def _selection(key: PRNGKeyArray, task: Task) -> Selection | None:
-    problem, config = task.problem, task.config
-    if config.select_on == "test":
-        assert problem.selection is not None  # check_settings
-        forget, retain = problem.selection
-        size = config.batch_size
-        return Selection(forget.with_batch_size(size), retain.with_batch_size(size))
-    if problem.retain is None:
-        return None
-    return training_selection(
-        key, problem, images=config.select_images, batch_size=config.batch_size
-    )
+    """Accuracies with these classes gone."""
+    return {"classes": gone} | scored(task.problem, variables, _selection(key, task, gone))
 
 
 def _layers_to_edit(
@@ -201,6 +211,15 @@ def _layers_to_edit(
     if idle := [p for p in patterns if not any(fnmatchcase(path, p) for path in specs)]:
         raise ValueError(f"layer_filter: no layer matches {idle}; the model has {', '.join(specs)}")
     return {p: s for p, s in specs.items() if any(fnmatchcase(p, pattern) for pattern in patterns)}
+
+
+def _refuse_tied(specs: Mapping[str, LayerSpec]) -> None:
+    readers = Counter(spec.kernel_path for spec in specs.values())
+    if tied := sorted(path for path, count in readers.items() if count > 1):
+        raise ValueError(
+            f"several layers share the kernels {tied}, so that one edit would undo the other; "
+            "leave all of these layers but one out with layer_filter"
+        )
 
 
 def _notes(task: Task, now: tuple[int, ...], gone: tuple[int, ...]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from jaxunlearn.methods.base import UnlearningProblem, stored_classes
+from jaxunlearn.methods.base import UnlearningProblem, covers_retained, stored_classes
 
 DeepPatches = Literal["exact", "crop3k"]
 DeepSolver = Literal["auto", "cholesky", "dual", "eigh", "randomized"]
@@ -25,13 +25,13 @@ Alphas = float | tuple[float, ...]
 
 @dataclass(frozen=True)
 class DeepUnlearningConfig:
-    """Settings of Deep Unlearning; the defaults are the paper's, searched over its tuning grid.
+    """Settings of Deep Unlearning; the defaults are those of the reference code's tuning.
 
     Attributes:
       alpha_retain: one number or a grid; the larger, the more of the retain space is spared.
       alpha_forget: one number or a grid; the larger, the more of the forget space is removed.
       samples: retain images (as many of each class), and forget images of each class, that the
-        Grams are taken of, drawn at random; None takes all.
+        Grams are taken of, drawn at random; None takes all. Given Grams have theirs already.
       forget_count: of several classes: ``samples`` images of each, or of all together (``union``).
       retain_weights: ``"rows"``, or ``"balanced"``: classes count the same, whatever their Grams'
         traces.
@@ -42,13 +42,15 @@ class DeepUnlearningConfig:
       select_on: a grid is scored on training images, or on the problem's ``selection``, which the
         command line fills with test data: an upper bound, as in the reference code's tuning.
       select_images: training images that score a grid, half of them to be forgotten.
-      solver: ``"auto"`` is ``"cholesky"``, and ``"dual"`` for layers with fewer rows than features;
-        ``"eigh"`` also reports the spectra; ``"randomized"`` truncates the forget side where that
-        changes its projector by no more than 1 % (Cholesky for the retain side).
+      solver: ``"auto"`` is ``"cholesky"``, and ``"dual"`` for layers with fewer rows than features
+        (on one device, without given Grams, and not balanced); ``"dual"`` keeps the rows of every
+        layer; ``"eigh"`` also reports the spectra; ``"randomized"`` truncates the forget side where
+        that changes its projector by no more than 1 % (Cholesky for the retain side).
       patches: ``"crop3k"`` takes those of one random window of three kernels a side, padded anew,
         as the reference code does.
       max_rows: at most so many rows of a convolution or an attention layer, drawn at random
-        (reference code: 10,000, before that 50,000).
+        (reference code: 10,000, before that 50,000). As there, all images are one batch, whose
+        patches are held at once.
       augment_samples: augment the images that the Grams are taken of (reference code).
       stale_grams: go on with the problem's Grams after an edit, although they are of the model
         before it.
@@ -77,6 +79,8 @@ class DeepUnlearningConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: write one of {allowed}")
         for name in ("alpha_retain", "alpha_forget"):
+            if not isinstance(given := getattr(self, name), int | float | tuple):
+                object.__setattr__(self, name, tuple(float(alpha) for alpha in given))
             alphas = _several(getattr(self, name))
             if not alphas or not all(isfinite(alpha) and alpha > 0 for alpha in alphas):
                 raise ValueError(
@@ -90,6 +94,16 @@ class DeepUnlearningConfig:
         if self.reference_rows and self.solver == "dual":
             raise ValueError(
                 'patches = "crop3k" and max_rows make Grams; write solver = "cholesky" with them'
+            )
+
+        if self.retain_weights == "balanced" and self.solver == "dual":
+            raise ValueError(
+                'retain_weights = "balanced" adds Grams up; write solver = "cholesky" with it'
+            )
+        if self.solver == "randomized" and min(_several(self.alpha_forget)) < 1:
+            raise ValueError(
+                f'alpha_forget = {self.alpha_forget} with solver = "randomized": its bound needs 1 '
+                'or more; write solver = "cholesky"'
             )
 
     @property
@@ -130,6 +144,13 @@ def check_settings(problem: UnlearningProblem, config: DeepUnlearningConfig) -> 
         raise ValueError("sequential and curve are for classes; the request is a set of samples")
     if problem.mesh is not None and config.solver == "dual":
         raise ValueError('solver = "dual" keeps rows, on one device; write solver = "cholesky"')
+    if problem.mesh is not None and config.max_rows is not None:
+        raise ValueError("max_rows draws rows on one device; leave mesh out, or max_rows")
+    if config.augment_samples and problem.augment is None:
+        raise ValueError(
+            "augment_samples: the problem has no augmentation; pass augment=, or in a run's config "
+            "write train.crop or train.flip"
+        )
     if problem.grams is not None:
         _check_store(problem, config, several)
 
@@ -140,14 +161,18 @@ def _check_store(problem: UnlearningProblem, config: DeepUnlearningConfig, sever
             "grams are given, so patches, max_rows, augment_samples and the dual solver have no "
             "say; leave them at their defaults, or leave grams out"
         )
-    classes = stored_classes(problem)
-    if not classes and "total" not in (problem.grams or {}):
-        raise ValueError('grams has no class and no "total"; see accumulate_class_grams')
-    if not classes and (config.retain_weights == "balanced" or config.sequential or config.curve):
-        raise ValueError(
-            'retain_weights = "balanced", sequential and curve need the Grams of every class; '
-            'grams holds the "total" only: see accumulate_class_grams'
-        )
+    if not covers_retained(problem):
+        classes = stored_classes(problem)
+        if "total" not in (problem.grams or {}):
+            raise ValueError(
+                f'grams has the classes {classes} and no "total", so that retained classes among 0 '
+                f"to {problem.num_classes - 1} are missing; see accumulate_class_grams"
+            )
+        if config.retain_weights == "balanced" or config.sequential or config.curve:
+            raise ValueError(
+                'retain_weights = "balanced", sequential and curve need the Grams of every '
+                f'retained class; grams has the "total" and {classes}: see accumulate_class_grams'
+            )
     if config.sequential and several and not config.stale_grams:
         raise ValueError(
             "sequential: after the first edit the given grams are those of another model; leave "

@@ -94,6 +94,7 @@ def _measure_edit(
     retain: GramState | RowState,
     forget: GramState | RowState,
 ) -> dict[str, Float[Array, ""]]:
+    K, K_u = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (K, K_u))
     change = K_u - K
     return {
         "change": _ratio(jnp.linalg.norm(change), jnp.linalg.norm(K)),

@@ -36,22 +36,40 @@ class Selection(NamedTuple):
         return Selection(self.forget.select(np.flatnonzero(gone)), retain)
 
 
-def training_selection(
-    key: PRNGKeyArray, problem: UnlearningProblem, *, images: int, batch_size: int
+def selection_of(
+    key: PRNGKeyArray,
+    problem: UnlearningProblem,
+    gone: Collection[int],
+    *,
+    images: int | None,
+    batch_size: int,
 ) -> Selection:
-    """Training images, half of them to be forgotten: so both accuracies are known about as well.
+    """Images that settings are chosen on.
+
+    Half of them are to be forgotten, so that both accuracies are known about as well.
 
     Args:
       key: which ones.
       problem: the data.
-      images: how many; fewer if there are no more.
+      gone: classes that count as forgotten; those still to come count as retained.
+      images: training images, or fewer if there are no more; None takes all of the problem's
+        ``selection``.
       batch_size: of the forward passes.
     """
-    assert problem.retain is not None
+    if images is None:
+        assert problem.selection is not None
+        whole = Selection(*problem.selection)
+    else:
+        assert problem.retain is not None
+        whole = Selection(problem.forget, problem.retain)
+    if problem.forget_classes:
+        whole = whole.with_gone(gone)
     forget_key, retain_key = jax.random.split(key)
     return Selection(
-        problem.forget.sample(forget_key, images // 2).with_batch_size(batch_size),
-        problem.retain.sample(retain_key, images - images // 2).with_batch_size(batch_size),
+        whole.forget.sample(forget_key, images and images // 2).with_batch_size(batch_size),
+        whole.retain.sample(retain_key, images and images - images // 2).with_batch_size(
+            batch_size
+        ),
     )
 
 
