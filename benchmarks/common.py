@@ -14,7 +14,6 @@ from jaxunlearn.checkpoint import restore_variables
 from jaxunlearn.environment import describe_environment
 from jaxunlearn.evaluation.metrics import accuracy
 from jaxunlearn.evaluation.report import json_value, predict
-from jaxunlearn.methods import UnlearningProblem
 from jaxunlearn.preparation import Prepared
 from jaxunlearn.stages import write_json
 
@@ -40,24 +39,6 @@ def stored(prepared: Prepared, name: str) -> Any:
     """Variables of a model in the run folder: ``"original"`` or ``"retrained"``."""
     folder = Path(prepared.config.out) / "checkpoints" / name
     return restore_variables(folder, prepared.network.template)
-
-
-def unlearning_problem(prepared: Prepared, original: Any) -> UnlearningProblem:
-    """The problem that ``jaxunlearn run`` hands to a method."""
-    train, splits = prepared.source.train, prepared.splits
-    forget, retain = (
-        Batches(train.inputs[at], train.labels[at], prepared.config.train.batch_size)
-        for at in (splits.forget, splits.retain)
-    )
-    return UnlearningProblem(
-        prepared.network.apply_fn,
-        original,
-        forget,
-        retain,
-        prepared.source.num_classes,
-        splits.forget_classes,
-        augment=prepared.augment,
-    )
 
 
 def method_key(seed: int) -> jax.Array:

@@ -30,7 +30,6 @@ from benchmarks.common import (
     print_table,
     save_results,
     stored,
-    unlearning_problem,
 )
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import describe_layers, layer_inputs
@@ -42,7 +41,7 @@ from jaxunlearn.gram import accumulate_gram
 from jaxunlearn.methods import DeepUnlearningConfig, UnlearningProblem, deep_unlearning
 from jaxunlearn.methods.collection import Task, collect
 from jaxunlearn.methods.selection import scored, selection_of
-from jaxunlearn.preparation import has_reference, prepare
+from jaxunlearn.preparation import has_reference, prepare, unlearning_problem
 from jaxunlearn.soft_projectors import importance_solve
 from jaxunlearn.subspace import leading_space
 

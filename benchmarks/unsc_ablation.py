@@ -27,7 +27,6 @@ from benchmarks.common import (
     save_results,
     stored,
     train_score,
-    unlearning_problem,
 )
 from jaxunlearn.capture import describe_layers
 from jaxunlearn.config import load_config
@@ -35,7 +34,7 @@ from jaxunlearn.experiment import run
 from jaxunlearn.gram import GramState
 from jaxunlearn.methods import UnlearningProblem, UNSCConfig, unsc
 from jaxunlearn.methods.unsc import class_grams
-from jaxunlearn.preparation import prepare
+from jaxunlearn.preparation import prepare, unlearning_problem
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits_unsc.toml"
 LABELS, PROJECTORS = ("random", "pseudo"), ("none", "shipped", "correct")

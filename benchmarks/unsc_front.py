@@ -26,13 +26,12 @@ from benchmarks.common import (
     save_results,
     stored,
     train_score,
-    unlearning_problem,
 )
 from jaxunlearn.config import load_config, to_mapping
 from jaxunlearn.evaluation.report import json_value
 from jaxunlearn.experiment import run
 from jaxunlearn.methods import unsc
-from jaxunlearn.preparation import prepare
+from jaxunlearn.preparation import prepare, unlearning_problem
 from jaxunlearn.stages import measured
 
 

@@ -10,12 +10,10 @@ import numpy as np
 from rich.console import Console
 
 from jaxunlearn.assessment import assess, retain_sample
-from jaxunlearn.batches import Batches
 from jaxunlearn.config import RunConfig, to_mapping
 from jaxunlearn.data import Source, Splits
 from jaxunlearn.environment import describe_environment
 from jaxunlearn.evaluation.report import json_value
-from jaxunlearn.methods import UnlearningProblem
 from jaxunlearn.preparation import (
     Prepared,
     has_reference,
@@ -23,6 +21,7 @@ from jaxunlearn.preparation import (
     prepare,
     retained_validation,
     training_batches,
+    unlearning_problem,
 )
 from jaxunlearn.progress import epoch_progress
 from jaxunlearn.report import write_report
@@ -174,32 +173,9 @@ def _fit(
 
 
 def _unlearned(prepared: Prepared, key: jax.Array, original: Any) -> tuple[Any, dict]:
-    splits = prepared.splits
-    problem = UnlearningProblem(
-        apply_fn=prepared.network.apply_fn,
-        variables=original,
-        forget=training_batches(prepared, splits.forget),
-        retain=training_batches(prepared, splits.retain),
-        num_classes=prepared.source.num_classes,
-        forget_classes=splits.forget_classes,
-        augment=prepared.augment,
-        mesh=prepared.mesh,
-        selection=_selection(prepared),
-    )
+    problem = unlearning_problem(prepared, original)
     result = prepared.method.run(key, problem, prepared.method_config)
     return result.variables, {"info": result.info}
-
-
-def _selection(prepared: Prepared) -> tuple[Batches, Batches] | None:
-    """Test data to choose settings on, where the config asks for it: an upper bound."""
-    if getattr(prepared.method_config, "select_on", "train") != "test":
-        return None
-    test, splits = prepared.source.test, prepared.splits
-    forget, retain = (
-        Batches(test.inputs[at], test.labels[at], prepared.config.train.batch_size)
-        for at in (splits.forget_test, splits.retain_test)
-    )
-    return forget, retain
 
 
 def _evaluated(

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxunlearn.batches import Batches
 from jaxunlearn.config import RunConfig, TrainConfig, reference_data, resolve_path
 from jaxunlearn.data import Source, Splits, split
-from jaxunlearn.methods import METHODS, Method
+from jaxunlearn.methods import METHODS, Method, UnlearningProblem
 from jaxunlearn.network import Network, build_network, given_variables
 from jaxunlearn.preprocessing import augmenter
 from jaxunlearn.sharding import run_mesh
@@ -88,6 +88,10 @@ def prepare(config: RunConfig) -> Prepared:
         config, source, splits, network, method, method_config, augment, given, mesh
     )
     _check_training(prepared)
+    try:
+        method.check(unlearning_problem(prepared, network.template), method_config)
+    except ValueError as error:
+        raise ValueError(f"unlearn: {error}") from error
     return prepared
 
 
@@ -95,6 +99,29 @@ def training_batches(prepared: Prepared, rows: np.ndarray) -> Batches:
     """Rows of the train set in batches of the training's size."""
     train = prepared.source.train
     return Batches(train.inputs[rows], train.labels[rows], prepared.config.train.batch_size)
+
+
+def unlearning_problem(prepared: Prepared, variables: Any) -> UnlearningProblem:
+    """What a run hands to its method: the model with these variables, the data of the request."""
+    splits, selection = prepared.splits, None
+    if getattr(prepared.method_config, "select_on", None) == "test":
+        test, size = prepared.source.test, prepared.config.train.batch_size
+        forget, retain = (
+            Batches(test.inputs[at], test.labels[at], size)
+            for at in (splits.forget_test, splits.retain_test)
+        )
+        selection = forget, retain
+    return UnlearningProblem(
+        apply_fn=prepared.network.apply_fn,
+        variables=variables,
+        forget=training_batches(prepared, splits.forget),
+        retain=training_batches(prepared, splits.retain),
+        num_classes=prepared.source.num_classes,
+        forget_classes=splits.forget_classes,
+        augment=prepared.augment,
+        mesh=prepared.mesh,
+        selection=selection,
+    )
 
 
 def optimizer_of(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:

@@ -524,3 +524,20 @@ def test_prepared_data_are_found_by_flag_then_variable_then_reference_folder(tmp
     prepare(toy_config(tmp_path))
     prepare(toy_config(tmp_path, f"data.data_dir={tmp_path}"))
     assert seen == [str(reference / "data" / "tfds"), None, str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "deep_unlearning", "layer_filter": ["stem"]}, "no layer matches"),
+        ({"method": "deep_unlearning", "augment_samples": True}, "has no augmentation"),
+        ({"method": "unsc", "builder": "gpm", "energy": [0.9, 0.9]}, "2 entries for 10 classes"),
+        ({"method": "unsc", "dropout": True}, "nn.Dropout"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused_before_anything_is_trained(
+    settings, message
+):
+    config = config_from_mapping({"data": {"forget": 3}, "unlearn": settings})
+    with pytest.raises(ValueError, match=f"unlearn: .*{message}"):
+        prepare(config)

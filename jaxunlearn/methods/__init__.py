@@ -16,6 +16,7 @@ METHODS: dict[str, Method] = {
         needs=_unsc.NEEDS,
         scopes=_unsc.SCOPES,
         summary="pseudo labels, updates in the null space of the retain data (arXiv:2404.13588)",
+        check=_unsc.layers_to_project,
     ),
     "deep_unlearning": Method(
         name="deep_unlearning",
@@ -24,6 +25,7 @@ METHODS: dict[str, Method] = {
         needs=_deep_unlearning.NEEDS,
         scopes=_deep_unlearning.SCOPES,
         summary="closed-form edit of the kernels, without gradients (arXiv:2312.00761)",
+        check=_deep_unlearning.layers_to_edit,
     ),
 }
 

@@ -70,7 +70,11 @@ class Unlearned(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A row of ``METHODS``: the method, its config type, the data it needs, its scopes."""
+    """A row of ``METHODS``: the method, its config type, the data it needs, its scopes.
+
+    ``check(problem, config)`` refuses settings that do not fit a problem; shapes of variables will
+    do, so that a run can ask before it trains.
+    """
 
     name: str
     run: Callable[[PRNGKeyArray, UnlearningProblem, Any], Unlearned]
@@ -78,6 +82,7 @@ class Method(NamedTuple):
     needs: frozenset[str]
     scopes: frozenset[str]
     summary: str
+    check: Callable[[UnlearningProblem, Any], object] = lambda problem, config: None
 
 
 def check_problem(

@@ -75,9 +75,7 @@ def deep_unlearning(
     """
     config = config or DeepUnlearningConfig()
     check_problem(problem, method="deep_unlearning", needs=NEEDS, scopes=SCOPES)
-    check_settings(problem, config)
-    specs = _layers_to_edit(problem, config)
-    _refuse_tied(specs)
+    specs = layers_to_edit(problem, config)
     task = Task(problem, config, specs, layer_inputs(problem.apply_fn, specs))
     classes = problem.forget_classes
     several = len(classes) > 1
@@ -201,25 +199,23 @@ def _point(
     return {"classes": gone} | scored(task.problem, variables, _selection(key, task, gone))
 
 
-def _layers_to_edit(
+def layers_to_edit(
     problem: UnlearningProblem, config: DeepUnlearningConfig
 ) -> dict[str, LayerSpec]:
+    """The layers that the config names; refuses settings that do not fit. Computes nothing."""
+    check_settings(problem, config)
     specs = describe_layers(problem.apply_fn, problem.variables, problem.forget.inputs[:1])
-    patterns = config.layer_filter
-    if patterns is None:
-        return specs
+    patterns = config.layer_filter or ("*",)
     if idle := [p for p in patterns if not any(fnmatchcase(path, p) for path in specs)]:
         raise ValueError(f"layer_filter: no layer matches {idle}; the model has {', '.join(specs)}")
-    return {p: s for p, s in specs.items() if any(fnmatchcase(p, pattern) for pattern in patterns)}
-
-
-def _refuse_tied(specs: Mapping[str, LayerSpec]) -> None:
+    specs = {p: s for p, s in specs.items() if any(fnmatchcase(p, glob) for glob in patterns)}
     readers = Counter(spec.kernel_path for spec in specs.values())
     if tied := sorted(path for path, count in readers.items() if count > 1):
         raise ValueError(
             f"several layers share the kernels {tied}, so that one edit would undo the other; "
             "leave all of these layers but one out with layer_filter"
         )
+    return specs
 
 
 def _notes(task: Task, now: tuple[int, ...], gone: tuple[int, ...]) -> list[str]:

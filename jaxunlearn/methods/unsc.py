@@ -77,14 +77,7 @@ def unsc(
     """
     config = config or UNSCConfig()
     check_problem(problem, method="unsc", needs=NEEDS, scopes=SCOPES)
-    if isinstance(config.energy, tuple) and len(config.energy) != problem.num_classes:
-        raise ValueError(
-            f"energy has {len(config.energy)} entries for {problem.num_classes} classes; write one "
-            "per class, or one number"
-        )
-    if config.dropout:
-        check_dropout(problem.apply_fn, problem.variables, problem.forget.inputs[:1])
-    specs = describe_layers(problem.apply_fn, problem.variables, problem.forget.inputs[:1])
+    specs = layers_to_project(problem, config)
     collect_key, order_key, step_key = jax.random.split(key, 3)
     spaces: dict[str, RetainedSpace] = {}
     if config.project:
@@ -114,6 +107,24 @@ def unsc(
     return Unlearned(variables, info)
 
 
+def layers_to_project(problem: UnlearningProblem, config: UNSCConfig) -> dict[str, LayerSpec]:
+    """The layers of the model; refuses settings that do not fit it. Traces, computes nothing."""
+    if isinstance(config.energy, tuple) and len(config.energy) != problem.num_classes:
+        raise ValueError(
+            f"energy has {len(config.energy)} entries for {problem.num_classes} classes; write one "
+            "per class, or one number"
+        )
+    if config.dropout:
+        check_dropout(problem.apply_fn, problem.variables, problem.forget.inputs[:1])
+    specs = describe_layers(problem.apply_fn, problem.variables, problem.forget.inputs[:1])
+    if config.images_per_layer and len(config.images_per_layer) != len(specs):
+        raise ValueError(
+            f"images_per_layer has {len(config.images_per_layer)} entries for {len(specs)} layers: "
+            f"{list(specs)}"
+        )
+    return specs
+
+
 def class_grams(
     key: PRNGKeyArray,
     problem: UnlearningProblem,
@@ -128,10 +139,6 @@ def class_grams(
         return
     assert problem.retain is not None  # check_problem
     counts = config.images_per_layer or (config.images_per_class,) * len(specs)
-    if len(counts) != len(specs):
-        raise ValueError(
-            f"images_per_layer has {len(counts)} entries for {len(specs)} layers: {list(specs)}"
-        )
     readers = {
         count: layer_inputs(
             problem.apply_fn,
