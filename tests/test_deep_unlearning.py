@@ -62,9 +62,9 @@ def data():
     """Ten images of each class, and variables of a head fitted to them by least squares."""
     labels = np.repeat(np.arange(K), 10)
     x = images_of(labels, 0)
-    variables = Net().init(jax.random.key(1), x)
+    variables = jax.jit(Net().init)(jax.random.key(1), x)
     specs = describe_layers(APPLY, variables, x)
-    features = layer_inputs(APPLY, {"head": specs["head"]})
+    features = jax.jit(layer_inputs(APPLY, {"head": specs["head"]}))
     H = np.asarray(features(variables, {"inputs": jnp.asarray(x)})["head"].calls[0])
     fitted = np.linalg.lstsq(H, 2.0 * np.eye(K)[labels] - 0.5, rcond=None)[0]
     head = {"kernel": jnp.asarray(fitted), "bias": jnp.zeros(K)}
@@ -107,7 +107,7 @@ def result(problem):
 
 def rows_of(reader, specs, variables, inputs):
     """float64 rows of every layer."""
-    layers = reader(variables, {"inputs": jnp.asarray(inputs)})
+    layers = jax.jit(reader)(variables, {"inputs": jnp.asarray(inputs)})
     return {p: np.float64(inputs_as_rows(specs[p], x.calls[0])) for p, x in layers.items()}
 
 
@@ -181,11 +181,11 @@ def test_solvers_are_interchangeable(solver, problem, result):
 
 
 def test_the_randomized_solver_is_within_its_bound(problem, specs, result):
-    other = deep_unlearning(KEY, problem, dataclasses.replace(PAIR, solver="randomized"))
-    was = kernels(specs, problem.variables)
-    new, exact = kernels(specs, other.variables), kernels(specs, result.variables)
-    for path, K0 in was.items():
-        assert np.linalg.norm(new[path] - exact[path]) <= 0.01 * np.linalg.norm(K0)
+    config = dataclasses.replace(PAIR, solver="randomized", layer_filter=("dense",))
+    other = deep_unlearning(KEY, problem, config)
+    K0 = kernels(specs, problem.variables)["dense"]
+    new, exact = (kernels(specs, r.variables)["dense"] for r in (other, result))
+    assert 0 < np.linalg.norm(new - exact) <= 0.01 * np.linalg.norm(K0)
 
 
 def test_the_diagnostics_are_ratios_of_what_the_layers_make_of_their_inputs(
@@ -256,14 +256,14 @@ class Step(nn.Module):
 
 def test_stacked_shared_dead_and_bfloat16_layers_are_edited_like_any_other(data):
     x, labels, _ = data
-    variables = Lifted().init(jax.random.key(3), x)
+    variables = jax.jit(Lifted().init)(jax.random.key(3), x)
     problem = dataclasses.replace(problem_of((x, labels, variables), 1), apply_fn=Lifted().apply)
     result = deep_unlearning(KEY, problem, PAIR)
     params, old = result.variables["params"], variables["params"]
     np.testing.assert_array_equal(params["dead"]["kernel"], old["dead"]["kernel"])
     assert params["head"]["kernel"].dtype == jnp.bfloat16
     specs = describe_layers(Lifted().apply, variables, x)
-    reader = layer_inputs(Lifted().apply, specs)
+    reader = jax.jit(layer_inputs(Lifted().apply, specs))
     P = {}
     for side, alpha in (("retain", 30.0), ("forget", 3.0)):
         layers = reader(variables, {"inputs": getattr(problem, side).inputs})
@@ -400,7 +400,7 @@ def test_of_four_gaussians_one_is_forgotten_and_the_others_are_told_apart_better
     original = fit(
         KEY,
         apply_fn,
-        Toy().init(jax.random.key(2), train.inputs[:1]),
+        jax.jit(Toy().init)(jax.random.key(2), train.inputs[:1]),
         train,
         optimizer=optimizer,
         epochs=10,
@@ -414,7 +414,7 @@ def test_of_four_gaussians_one_is_forgotten_and_the_others_are_told_apart_better
         alpha_retain=(1.0, 3.0, 10.0, 30.0, 100.0),
         alpha_forget=(0.5, 1.0, 3.0, 10.0, 30.0),
         samples=None,
-        select_images=10**5,
+        select_images=8192,
         batch_size=2048,
     )
     edited = deep_unlearning(KEY, problem, config).variables
@@ -434,7 +434,7 @@ def test_of_four_gaussians_one_is_forgotten_and_the_others_are_told_apart_better
 
 def test_the_number_of_images_is_that_of_each_class_or_of_the_union(data):
     problem = problem_of(data, 0, 2)
-    config = dataclasses.replace(PAIR, samples=8)
+    config = dataclasses.replace(PAIR, samples=8, solver="cholesky")
     result = deep_unlearning(KEY, problem, config)
     assert result.info["images"] == {"retain": 8, "forget": 16}
     union = dataclasses.replace(config, forget_count="union")
@@ -447,7 +447,7 @@ def test_retain_images_are_as_many_of_each_class_and_none_of_a_forgotten_one(dat
     x = np.zeros((len(labels), K), np.float32)
     x[np.arange(len(labels)), labels] = 1
     model = nn.Dense(K)
-    variables = model.init(jax.random.key(0), x)
+    variables = {"params": {"kernel": jnp.eye(K), "bias": jnp.zeros(K)}}
     specs = describe_layers(model.apply, variables, x)
     problem = dataclasses.replace(problem_of((x, labels, variables), 0, 2), apply_fn=model.apply)
     task = Task(
