@@ -35,6 +35,7 @@ def importance(
       total: ``[...]``, trace of the Gram, if these are not all its eigenvalues.
 
     Examples:
+      >>> from jaxunlearn.subspace import eigenbasis
       >>> importance(eigenbasis(jnp.diag(jnp.array([1.0, 3.0]))), alpha=3.0).weights.tolist()
       [0.8999999761581421, 0.5]
     """

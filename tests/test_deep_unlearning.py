@@ -57,6 +57,17 @@ def images_of(labels, seed):
     return x
 
 
+def calls_of(reader, variables, inputs):
+    """What each layer reads, one array per call."""
+
+    @jax.jit
+    def read(variables, inputs):
+        layers = reader(variables, {"inputs": inputs})
+        return {path: layer.calls for path, layer in layers.items()}
+
+    return read(variables, jnp.asarray(inputs))
+
+
 @pytest.fixture(scope="module")
 def data():
     """Ten images of each class, and variables of a head fitted to them by least squares."""
@@ -64,8 +75,7 @@ def data():
     x = images_of(labels, 0)
     variables = jax.jit(Net().init)(jax.random.key(1), x)
     specs = describe_layers(APPLY, variables, x)
-    features = jax.jit(layer_inputs(APPLY, {"head": specs["head"]}))
-    H = np.asarray(features(variables, {"inputs": jnp.asarray(x)})["head"].calls[0])
+    H = np.asarray(calls_of(layer_inputs(APPLY, {"head": specs["head"]}), variables, x)["head"][0])
     fitted = np.linalg.lstsq(H, 2.0 * np.eye(K)[labels] - 0.5, rcond=None)[0]
     head = {"kernel": jnp.asarray(fitted), "bias": jnp.zeros(K)}
     return x, labels, variables | {"params": variables["params"] | {"head": head}}
@@ -107,8 +117,8 @@ def result(problem):
 
 def rows_of(reader, specs, variables, inputs):
     """float64 rows of every layer."""
-    layers = jax.jit(reader)(variables, {"inputs": jnp.asarray(inputs)})
-    return {p: np.float64(inputs_as_rows(specs[p], x.calls[0])) for p, x in layers.items()}
+    layers = calls_of(reader, variables, inputs)
+    return {p: np.float64(inputs_as_rows(specs[p], calls[0])) for p, calls in layers.items()}
 
 
 def kernels(specs, variables):
@@ -263,15 +273,15 @@ def test_stacked_shared_dead_and_bfloat16_layers_are_edited_like_any_other(data)
     np.testing.assert_array_equal(params["dead"]["kernel"], old["dead"]["kernel"])
     assert params["head"]["kernel"].dtype == jnp.bfloat16
     specs = describe_layers(Lifted().apply, variables, x)
-    reader = jax.jit(layer_inputs(Lifted().apply, specs))
+    reader = layer_inputs(Lifted().apply, specs)
     P = {}
     for side, alpha in (("retain", 30.0), ("forget", 3.0)):
-        layers = reader(variables, {"inputs": getattr(problem, side).inputs})
-        stack = np.float64(layers["stack/dense"].calls[0])
+        calls = calls_of(reader, variables, getattr(problem, side).inputs)
+        stack = np.float64(calls["stack/dense"][0])
         P[side] = {
             "stack": [by_svd(rows, alpha) for rows in stack],
-            "shared": by_svd(np.float64(np.concatenate(layers["shared"].calls)), alpha),
-            "head": by_svd(np.float64(layers["head"].calls[0]), alpha),
+            "shared": by_svd(np.float64(np.concatenate(calls["shared"])), alpha),
+            "head": by_svd(np.float64(calls["head"][0]), alpha),
         }
 
     def expected(K0, P_r, P_f):
