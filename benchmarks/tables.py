@@ -57,7 +57,8 @@ def reports() -> str:
         models, seconds = report["models"], report["seconds"]
         forgotten = ", ".join(map(str, report["problem"]["forget_classes"]))
         row = [report["problem"]["source"].removeprefix("tfds:"), report["config"]["model"]["name"]]
-        row += [report["method"]["name"], forgotten]
+        order = report["method"]["info"].get("order")
+        row += [report["method"]["name"] + (f", {order}" if order else ""), forgotten]
         row.append(str(report["config"]["seed"]))
         for split in ("forget_train", "forget_test", "retain_test"):
             row.append(" / ".join(_share(model, split) for model in models.values()))
