@@ -72,6 +72,19 @@ def deep_unlearning(
       ValueError: see :func:`jaxunlearn.methods.base.check_problem`; settings that do not fit the
         problem.
       FloatingPointError: an edited kernel is not finite.
+
+    Examples:
+      >>> import flax.linen as nn
+      >>> import jax.numpy as jnp
+      >>> from jaxunlearn.batches import Batches
+      >>> x, labels = jnp.eye(2), jnp.array([0, 1])
+      >>> variables = {"params": {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}}
+      >>> retain, forget = (Batches(x[k : k + 1], labels[k : k + 1], 1) for k in (0, 1))
+      >>> problem = UnlearningProblem(nn.Dense(2).apply, variables, forget, retain, 2, (1,))
+      >>> config = DeepUnlearningConfig(alpha_retain=100.0, alpha_forget=3.0)
+      >>> edited = deep_unlearning(jax.random.key(0), problem, config).variables
+      >>> edited["params"]["kernel"].round(3).tolist()
+      [[1.0, 0.0], [0.0, 0.0]]
     """
     config = config or DeepUnlearningConfig()
     check_problem(problem, method="deep_unlearning", needs=NEEDS, scopes=SCOPES)
