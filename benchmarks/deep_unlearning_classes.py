@@ -8,6 +8,8 @@ train images; the pairs that no other pair beats on both axes are also measured 
 
     python -m benchmarks.deep_unlearning_classes configs/cifar10_resnet20_deep_unlearning.toml
 
+A heat map of the means goes beside the rows; ``--draw`` only draws it anew from committed rows.
+
 The grid is that of the command line, else the config's own or the default one. ``--samples`` is the
 number of images of each class that the Grams are taken of (default: all).
 """
@@ -21,7 +23,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.common import method_key, print_table, save_results, stored
+from benchmarks.common import (
+    RESULTS,
+    load_results,
+    method_key,
+    print_table,
+    save_results,
+    stored,
+)
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import describe_layers, layer_inputs
 from jaxunlearn.config import load_config, to_mapping
@@ -30,6 +39,7 @@ from jaxunlearn.experiment import run
 from jaxunlearn.gram import accumulate_class_grams
 from jaxunlearn.methods import DeepUnlearningConfig, UnlearningProblem, deep_unlearning
 from jaxunlearn.preparation import Prepared, prepare
+from jaxunlearn.report.grids import alpha_heat_map
 from jaxunlearn.stages import measured
 from jaxunlearn.training import accuracy
 
@@ -52,7 +62,12 @@ def main() -> None:
     parser.add_argument("--forget", nargs="+", type=float, metavar="ALPHA")
     parser.add_argument("--measured", type=int, help="pairs of the front on test; default all")
     parser.add_argument("--samples", type=int, help="images of each class for the Grams")
+    parser.add_argument("--draw", action="store_true", help="only the figure, from committed rows")
     options = parser.parse_args()
+    name = options.config.stem + "_classes"
+    if options.draw:
+        draw(name)
+        return
     config = load_config(options.config, options.overrides)
     run(config, until="train")
     prepared = prepare(config)
@@ -84,7 +99,7 @@ def main() -> None:
     for row, pair in zip(own_test, own, strict=True):
         row |= {name: pair[name] for name in ("alpha_retain", "alpha_forget")}
     save_results(
-        options.config.stem + "_classes",
+        name,
         claim=__doc__.split("\n\n")[0],
         settings={
             "config": {k: v for k, v in to_mapping(config).items() if k != "out"},
@@ -94,9 +109,23 @@ def main() -> None:
         },
         rows=rows,
     )
+    draw(name)
     print_table(front, COLUMNS)
     for row in rows[:3]:
         print(f"{row['what']}: {_printed(row, 'retain_test')}, {_printed(row, 'forget_test')}")
+
+
+def draw(name: str) -> None:
+    """Heat map of the committed rows of a grid, ``results/NAME.png``."""
+    rows = load_results(name)["rows"]
+    chosen = next(row for row in rows if row["what"] == "one pair")
+    grid = [
+        row | {f"{side}_accuracy": row[f"{side}_train"] for side in ("retain", "forget")}
+        for row in rows
+        if row["what"] == "grid"
+    ]
+    pair = {alpha: chosen[alpha] for alpha in ("alpha_retain", "alpha_forget")}
+    alpha_heat_map(grid, **pair).savefig(RESULTS / f"{name}.png", dpi=100)
 
 
 class Sweep:
