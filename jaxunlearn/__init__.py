@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from jaxunlearn.activations import features as features
+    from jaxunlearn.activations import with_features as with_features
+    from jaxunlearn.backdoor import plant_backdoor as plant_backdoor
     from jaxunlearn.batches import Batches as Batches
     from jaxunlearn.capture import capture_inputs as capture_inputs
     from jaxunlearn.capture import capture_outputs as capture_outputs
     from jaxunlearn.capture import describe_layers as describe_layers
-    from jaxunlearn.capture import features as features
     from jaxunlearn.capture import layer_inputs as layer_inputs
     from jaxunlearn.checkpoint import restore_variables as restore_variables
     from jaxunlearn.checkpoint import save_variables as save_variables
     from jaxunlearn.config import RunConfig as RunConfig
+    from jaxunlearn.config import TriggerConfig as TriggerConfig
     from jaxunlearn.config import config_from_mapping as config_from_mapping
     from jaxunlearn.config import load_config as load_config
     from jaxunlearn.convolution import fast_convolutions as fast_convolutions
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from jaxunlearn.data import Splits as Splits
     from jaxunlearn.data import split as split
     from jaxunlearn.edits import suppress_subspace as suppress_subspace
+    from jaxunlearn.epochs import epoch_inputs as epoch_inputs
+    from jaxunlearn.epochs import run_epoch as run_epoch
     from jaxunlearn.evaluation.membership import svc_confidence_optml as svc_confidence_optml
     from jaxunlearn.evaluation.report import evaluate_model as evaluate_model
     from jaxunlearn.evaluation.report import gap_to_retrain as gap_to_retrain
@@ -38,7 +43,6 @@ if TYPE_CHECKING:
     from jaxunlearn.gram import merge_grams as merge_grams
     from jaxunlearn.layers import LayerSpec as LayerSpec
     from jaxunlearn.linalg import psd_eigh as psd_eigh
-    from jaxunlearn.linalg import randomized_eigh as randomized_eigh
     from jaxunlearn.methods import METHODS as METHODS
     from jaxunlearn.methods import DeepUnlearningConfig as DeepUnlearningConfig
     from jaxunlearn.methods import Unlearned as Unlearned
@@ -54,6 +58,7 @@ if TYPE_CHECKING:
     from jaxunlearn.projectors import DualProjector as DualProjector
     from jaxunlearn.projectors import Projector as Projector
     from jaxunlearn.projectors import SpectralProjector as SpectralProjector
+    from jaxunlearn.randomized import randomized_eigh as randomized_eigh
     from jaxunlearn.sharding import data_mesh as data_mesh
     from jaxunlearn.sharding import replicate as replicate
     from jaxunlearn.sharding import shard_batch as shard_batch
@@ -66,8 +71,6 @@ if TYPE_CHECKING:
     from jaxunlearn.sources import from_arrays as from_arrays
     from jaxunlearn.sources import load_source as load_source
     from jaxunlearn.steps import TrainState as TrainState
-    from jaxunlearn.steps import epoch_inputs as epoch_inputs
-    from jaxunlearn.steps import run_epoch as run_epoch
     from jaxunlearn.steps import train_step as train_step
     from jaxunlearn.subspace import Eigenbasis as Eigenbasis
     from jaxunlearn.subspace import eigenbasis as eigenbasis
@@ -99,6 +102,7 @@ _HOME = {
     "SpectralProjector": "projectors",
     "Splits": "data",
     "TrainState": "steps",
+    "TriggerConfig": "config",
     "UNSCConfig": "methods",
     "Unlearned": "methods",
     "UnlearningProblem": "methods",
@@ -116,10 +120,10 @@ _HOME = {
     "downdate_gram": "gram",
     "eigenbasis": "subspace",
     "eigenbasis_of_rows": "subspace",
-    "epoch_inputs": "steps",
+    "epoch_inputs": "epochs",
     "evaluate_model": "evaluation.report",
     "fast_convolutions": "convolution",
-    "features": "capture",
+    "features": "activations",
     "fit": "training",
     "from_arrays": "sources",
     "gap_to_retrain": "evaluation.report",
@@ -135,15 +139,16 @@ _HOME = {
     "nnx_model": "nnx_models",
     "normalizer": "preprocessing",
     "null_space": "subspace",
+    "plant_backdoor": "backdoor",
     "predict": "evaluation.report",
     "project_gradients": "transforms",
     "project_updates": "transforms",
     "psd_eigh": "linalg",
-    "randomized_eigh": "linalg",
+    "randomized_eigh": "randomized",
     "replicate": "sharding",
     "restore_variables": "checkpoint",
     "run": "experiment",
-    "run_epoch": "steps",
+    "run_epoch": "epochs",
     "save_variables": "checkpoint",
     "sgd": "training",
     "shard_batch": "sharding",
@@ -157,6 +162,7 @@ _HOME = {
     "truncate": "subspace",
     "unreplicate": "sharding",
     "unsc": "methods",
+    "with_features": "activations",
     "with_preprocessing": "network",
 }
 

@@ -1,16 +1,14 @@
-"""What a model reads and returns inside: layer inputs, module outputs, features.
+"""What a model reads and returns inside: layer inputs and module outputs.
 
-Models are never edited for this. Inputs of linear layers are sown by an interceptor around
-``apply_fn`` (flax's ``capture_intermediates`` only sees outputs); outputs come from
+Models are never edited for this. Inputs of linear layers are those of a watched pass
+(:mod:`jaxunlearn.watch`), as flax's ``capture_intermediates`` only sees outputs; outputs come from
 ``capture_intermediates`` itself. ``apply_fn(variables, inputs, **flax_apply_kwargs)`` is
-``model.apply`` or any function around it. What is sown are :class:`LayerCall`: an ``apply_fn`` of
-another kind that returns them among its intermediates (:mod:`jaxunlearn.taps`,
-:mod:`jaxunlearn.nnx_models`) is read in the same way.
+``model.apply`` or any function around it.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -19,34 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from jaxunlearn.flax_layers import own_call, spec_of, stacked_spec
+from jaxunlearn.flax_layers import stacked_spec
 from jaxunlearn.layers import LayerInput, LayerSpec, leaves_by_path
+from jaxunlearn.watch import ApplyFn, LayerCall, Watched, watch
 
-ApplyFn = Callable[..., Any]
 InputsFn = Callable[[Any, Mapping[str, Array]], dict[str, LayerInput]]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class LayerCall:
-    """One call of a layer, as it travels out of a forward pass among its intermediates.
-
-    A pytree whose only leaf is the input: what else is known of the call is static, so it passes
-    through ``nn.scan``, ``nn.vmap`` and ``jit``, which stack or trace the leaf.
-
-    Attributes:
-      x: what the layer read.
-      spec: the layer as it saw itself: without a stack inside ``nn.scan``.
-      rank: number of axes of ``x`` as one layer saw it.
-      position: place of the layer in the order of first calls.
-    """
-
-    x: Any
-    spec: LayerSpec = field(metadata={"static": True})
-    rank: int = field(metadata={"static": True})
-    position: int = field(metadata={"static": True})
 
 
 def describe_layers(
@@ -81,7 +58,7 @@ def describe_layers(
     _check_keywords(apply_fn)
     seen: dict[str, LayerSpec] = {}
     # A new function: eval_shape caches traces, and a cached one calls no interceptor.
-    calls = jax.eval_shape(lambda v, x: _calls(apply_fn, v, x, seen), variables, inputs)
+    calls = jax.eval_shape(lambda v, x: watch(apply_fn, v, x, seen).calls, variables, inputs)
     kernels = leaves_by_path(variables["params"]) if seen else {}
     returned = {call.spec.path for call in calls}
     specs = {}
@@ -122,21 +99,30 @@ def capture_inputs(
     """
 
     def capture(variables: Any, inputs: Array) -> dict[str, tuple[Array, ...]]:
-        calls = [c for c in _calls(apply_fn, variables, inputs, {}) if c.spec.path in specs]
-        if missing := specs.keys() - {call.spec.path for call in calls}:
-            raise ValueError(
-                f"the forward pass did not call {sorted(missing)}; specs must come from "
-                "describe_layers on the same model and input shape"
-            )
-        lead = [len(specs[call.spec.path].stack) for call in calls]
-        lifted = any(c.x.ndim - c.rank != n for c, n in zip(calls, lead, strict=True))
-        axes = _batch_axes(apply_fn, variables, inputs, specs) if lifted else lead
-        found: dict[str, tuple[Array, ...]] = dict.fromkeys(specs, ())
-        for call, axis, first in zip(calls, axes, lead, strict=True):
-            found[call.spec.path] += (jnp.moveaxis(call.x, axis, first),)
-        return found
+        return inputs_by_path(
+            apply_fn, specs, variables, inputs, watch(apply_fn, variables, inputs)
+        )
 
     return capture
+
+
+def inputs_by_path(
+    apply_fn: ApplyFn, specs: Mapping[str, LayerSpec], variables: Any, inputs: Array, seen: Watched
+) -> dict[str, tuple[Array, ...]]:
+    """What layers read in a forward pass that was watched, as :func:`capture_inputs` gives it."""
+    calls = [call for call in seen.calls if call.spec.path in specs]
+    if missing := specs.keys() - {call.spec.path for call in calls}:
+        raise ValueError(
+            f"the forward pass did not call {sorted(missing)}; specs must come from "
+            "describe_layers on the same model and input shape"
+        )
+    lead = [len(specs[call.spec.path].stack) for call in calls]
+    lifted = any(c.x.ndim - c.rank != n for c, n in zip(calls, lead, strict=True))
+    axes = _batch_axes(apply_fn, variables, inputs, specs) if lifted else lead
+    found: dict[str, tuple[Array, ...]] = dict.fromkeys(specs, ())
+    for call, axis, first in zip(calls, axes, lead, strict=True):
+        found[call.spec.path] += (jnp.moveaxis(call.x, axis, first),)
+    return found
 
 
 def layer_inputs(apply_fn: ApplyFn, specs: Mapping[str, LayerSpec]) -> InputsFn:
@@ -189,64 +175,6 @@ def capture_outputs(
     return capture
 
 
-def features(
-    apply_fn: ApplyFn, specs: Mapping[str, LayerSpec], layer: str | None = None
-) -> Callable[[Any, Array], Float[Array, "b d"]]:
-    """Function ``(variables, inputs) -> features [b, d]``: what a dense layer reads.
-
-    Args:
-      apply_fn: the model.
-      specs: its layers.
-      layer: path of a dense layer; by default the last one that the model calls.
-
-    Raises:
-      ValueError: there is no such dense layer.
-    """
-    dense: Sequence[str] = [path for path, spec in specs.items() if spec.conv is None]
-    path = layer if layer is not None else (dense[-1] if dense else None)
-    if path is None or path not in dense:
-        raise ValueError(f"no dense layer {path!r} to read features from; there are {list(dense)}")
-    capture = capture_inputs(apply_fn, {path: specs[path]})
-
-    def features_fn(variables: Any, inputs: Array) -> Float[Array, "b d"]:
-        z = capture(variables, inputs)[path][-1]
-        return z.reshape(z.shape[0], -1)
-
-    return features_fn
-
-
-def _calls(
-    apply_fn: ApplyFn, variables: Any, inputs: Any, seen: dict[str, LayerSpec]
-) -> list[LayerCall]:
-    """All calls of linear layers that a forward pass hands out, in the order of first calls.
-
-    ``seen`` is filled with every layer that is called, also where a lifted transform keeps its
-    input. It takes names and shapes only: an array in a Python dict would leak under ``nn.scan``.
-    """
-
-    def sow_input(
-        next_fn: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
-    ) -> Any:
-        method = context.orig_method.func  # type: ignore[attr-defined]  # a partial of the module
-        if context.method_name == "__call__" and own_call(method):
-            x = args[0] if args else kwargs["inputs"]
-            if spec := spec_of(context.module, jnp.ndim(x)):
-                seen.setdefault(spec.path, spec)
-                call = LayerCall(x, spec, jnp.ndim(x), list(seen).index(spec.path))
-                context.module.sow("intermediates", "layer_call", call)
-        return next_fn(*args, **kwargs)
-
-    with nn.intercept_methods(sow_input):
-        _, state = apply_fn(variables, inputs, mutable=["intermediates"])
-    sown = jax.tree.leaves(
-        state.get("intermediates", {}), is_leaf=lambda node: isinstance(node, LayerCall)
-    )
-    calls = sorted((c for c in sown if isinstance(c, LayerCall)), key=lambda c: c.position)
-    for call in calls:
-        seen.setdefault(call.spec.path, call.spec)
-    return calls
-
-
 def _check_keywords(apply_fn: ApplyFn) -> None:
     try:
         inspect.signature(apply_fn).bind(None, None, mutable=["intermediates"])
@@ -281,7 +209,7 @@ def _batch_axes(
 
     def calls(extra: int) -> list[LayerCall]:
         batch = jax.ShapeDtypeStruct((inputs.shape[0] + extra, *inputs.shape[1:]), inputs.dtype)
-        found = jax.eval_shape(lambda v, x: _calls(apply_fn, v, x, {}), variables, batch)
+        found = jax.eval_shape(lambda v, x: watch(apply_fn, v, x).calls, variables, batch)
         return [call for call in found if call.spec.path in specs]
 
     return [

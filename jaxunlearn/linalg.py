@@ -1,26 +1,21 @@
-"""Dense linear algebra on arrays: eigendecompositions of Grams and energy cut-offs.
+"""Dense linear algebra on arrays: eigendecompositions of Grams, energy cut-offs, angles.
 
 Everything here broadcasts over leading axes, so a stack of equal-sized Grams (layers, classes,
 groups of a convolution) is decomposed in one call.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache, partial
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
-from threadpoolctl import ThreadpoolController
+from jaxtyping import Array, Float
 
 HIGHEST = jax.lax.Precision.HIGHEST
 RankRule = Literal["reach", "below"]
 
-# The randomized basis grows by multiples of d / 16, so that few sizes are compiled, up to d / 4,
-# beyond which it costs as much as the complete decomposition.
-_BLOCKS, _LARGEST_BLOCK = 16, 1 / 4
-_NEARLY = 1.5  # after one step Ritz values are still too small, and ask for too many directions
+_SHORTEST = 1e-6  # rows that are shorter count as that long
 
 
 def symmetrize(matrix: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
@@ -87,133 +82,6 @@ def psd_eigh(
     return jnp.maximum(w[..., ::-1], 0), U[..., ::-1]
 
 
-def randomized_eigh(
-    gram: Float[Array, "d d"], *, energy: float, key: PRNGKeyArray | None = None
-) -> tuple[Float[Array, " k"], Float[Array, "d k"]]:
-    """Leading eigenpairs that are certain to hold a share of the trace, without the others.
-
-    Block subspace iteration: ``Q <- orth(G Q)``, Ritz pairs of ``Qᵀ G Q``; fresh random columns
-    join until ``tr(Qᵀ G Q) ≥ energy · tr G``. That certificate is exact for any orthonormal ``Q``:
-    what ``Q`` misses of the data is ``tr G - tr(Qᵀ G Q)``, whether or not its columns have
-    converged. Where a quarter of all directions does not suffice, the result is that of
-    :func:`psd_eigh`. Ritz values are at most the eigenvalues, so a cut-off by energy may keep a few
-    directions more than the eigenvectors need, never fewer.
-
-    ``2 d² k`` flops per step and a QR of ``[d, k]``; two or three steps, ``k`` a multiple of
-    ``d / 16``. Outside ``jit``: ``k`` depends on the values. Halko, Martinsson and Tropp (2011),
-    Algorithm 4.4.
-
-    Args:
-      gram: ``[d, d]``, positive semi-definite.
-      energy: share in (0, 1].
-      key: of the random start; the same key gives the same basis. Default ``jax.random.key(0)``.
-
-    Returns:
-      Ritz values ``[k]``, descending, and orthonormal Ritz vectors ``[d, k]``.
-
-    Raises:
-      ValueError: an energy outside (0, 1].
-
-    Examples:
-      >>> w, U = randomized_eigh(jnp.diag(0.5 ** jnp.arange(64.0)), energy=0.9)
-      >>> U.shape, bool(w.sum() >= 0.9 * 2)
-      ((64, 4), True)
-    """
-    _check_energy(energy)
-    key = jax.random.key(0) if key is None else key
-    with _one_lapack_thread():
-        found = _leading_basis(key, gram, energy * float(_trace(gram)))
-    return psd_eigh(gram) if found is None else found
-
-
-def _leading_basis(
-    key: PRNGKeyArray, gram: Float[Array, "d d"], target: float
-) -> tuple[Float[Array, " k"], Float[Array, "d k"]] | None:
-    """Ritz pairs that hold ``target`` of the trace, or None if a quarter of all would not do."""
-    d = gram.shape[-1]
-    unit = max(1, d // _BLOCKS)
-    size, GQ = unit, gram[:, :0]
-    while size <= _LARGEST_BLOCK * d:
-        key, block_key = jax.random.split(key)
-        GQ = _with_fresh_columns(block_key, gram, GQ, size)
-        Q, GQ, small = _subspace_step(gram, GQ)
-        needed = size + _more_needed(small, target)
-        if needed > _NEARLY * _LARGEST_BLOCK * d:
-            return None
-        if needed <= _NEARLY * size:
-            # A second step may do; and it makes the rank the least but for a few.
-            Q, GQ, small = _subspace_step(gram, GQ)
-            if target <= float(_trace(small)):
-                return _ritz_pairs(Q, small)
-        wanted = min(max(needed, size + unit), 2 * size)
-        size = unit * -(-int(wanted) // unit)
-    return None
-
-
-def _more_needed(small: Float[Array, "k k"], target: float) -> float:
-    """Directions that are still missing, at least: those to come hold no more than the last one."""
-    missing = target - float(_trace(small))
-    if missing <= 0:
-        return 0.0
-    last = float(_least_eigenvalue(small))
-    return missing / last if last > 0 else float("inf")
-
-
-@partial(jax.jit, static_argnums=3)
-def _with_fresh_columns(
-    key: PRNGKeyArray, gram: Float[Array, "d d"], GQ: Float[Array, "d q"], size: int
-) -> Float[Array, "d k"]:
-    fresh = jax.random.normal(key, (gram.shape[-1], size - GQ.shape[-1]), gram.dtype)
-    return jnp.concatenate([GQ, jnp.matmul(gram, fresh, precision=HIGHEST)], axis=-1)
-
-
-@jax.jit
-def _subspace_step(
-    gram: Float[Array, "d d"], GQ: Float[Array, "d k"]
-) -> tuple[Float[Array, "d k"], Float[Array, "d k"], Float[Array, "k k"]]:
-    """``Q = orth(GQ)``, the new ``GQ`` and ``Qᵀ G Q``."""
-    Q, _ = jnp.linalg.qr(GQ)
-    GQ = jnp.matmul(gram, Q, precision=HIGHEST)
-    return Q, GQ, jnp.matmul(Q.T, GQ, precision=HIGHEST)
-
-
-@jax.jit
-def _ritz_pairs(
-    Q: Float[Array, "d k"], small: Float[Array, "k k"]
-) -> tuple[Float[Array, " k"], Float[Array, "d k"]]:
-    w, V = psd_eigh(small)
-    return w, jnp.matmul(Q, V, precision=HIGHEST)
-
-
-@jax.jit
-def _trace(matrix: Float[Array, "d d"]) -> Float[Array, ""]:
-    return jnp.sum(jnp.diagonal(matrix))  # jnp.trace reads the whole matrix
-
-
-@jax.jit
-def _least_eigenvalue(matrix: Float[Array, "d d"]) -> Float[Array, ""]:
-    return jnp.linalg.eigvalsh(symmetrize(matrix), symmetrize_input=False)[0]
-
-
-@contextmanager
-def _one_lapack_thread() -> Iterator[None]:
-    """LAPACK's threads spin for a while after a QR, on cores that the next product needs.
-
-    With one, subspace steps are up to twice as fast on the CPU backend; others have their own QR.
-    """
-    if jax.default_backend() != "cpu":
-        yield
-        return
-    with _lapack().limit(limits=1, user_api="blas"):
-        yield
-
-
-@cache
-def _lapack() -> ThreadpoolController:
-    jax.block_until_ready(jnp.linalg.qr(jnp.eye(2)))  # LAPACK is loaded at its first use
-    return ThreadpoolController()
-
-
 def energy_mask(
     eigenvalues: Float[Array, "*batch d"],
     energy: float | Float[Array, ""],
@@ -248,7 +116,7 @@ def energy_mask(
     """
     if rule not in ("reach", "below"):
         raise ValueError(f'rule must be "reach" or "below", got {rule!r}')
-    _check_energy(energy)
+    check_energy(energy)
     # XLA sums in a tree, so rounding can make a cumulative sum fall; the running maximum keeps the
     # mask one leading run.
     sums = jnp.cumsum(eigenvalues, axis=-1)
@@ -258,6 +126,70 @@ def energy_mask(
     return ((kept < target) & (target > 0)).astype(eigenvalues.dtype)
 
 
-def _check_energy(energy: float | Float[Array, ""]) -> None:
+def safe_norm(x: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
+    """Euclidean norm along the last axis, with gradient 0 (not NaN) at 0.
+
+    Examples:
+      >>> safe_norm(jnp.array([[3.0, 4.0], [0.0, 0.0]])).tolist()
+      [5.0, 0.0]
+      >>> jax.grad(lambda x: safe_norm(x).sum())(jnp.zeros(2)).tolist()
+      [0.0, 0.0]
+    """
+    squares = jnp.sum(jnp.square(x), axis=-1)
+    # The inner where keeps the infinite slope of the root at 0 out of the gradient.
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+
+
+def captured_fraction(
+    z: Float[Array, "n d"], project: Callable[[Float[Array, "d n"]], Float[Array, "d n"]]
+) -> Float[Array, " n"]:
+    """Share of each row's length inside a subspace, ``‖P z_i‖ / max(‖z_i‖, 1e-6)``; 0 at 0.
+
+    Args:
+      z: rows ``[n, d]``.
+      project: ``P`` as a function on columns ``[d, n]``, such as a projector.
+
+    Examples:
+      >>> captured_fraction(jnp.array([[3.0, 4.0]]), lambda x: x.at[1].set(0)).round(6).tolist()
+      [0.6000000238418579]
+    """
+    return safe_norm(project(z.T).T) / jnp.maximum(safe_norm(z), _SHORTEST)
+
+
+def principal_angles(
+    U: Float[Array, "*batch d p"], V: Float[Array, "*batch d q"]
+) -> Float[Array, "*batch r"]:
+    """Angles in radians between two subspaces, ascending, ``r = min(p, q)`` of them.
+
+    ``cos θ_j`` are the singular values of ``UᵀV``, exact for angles that are not small; those below
+    45° come from the sines, the singular values of ``V - U UᵀV`` (of the larger subspace against
+    the smaller one), as a cosine near one has no digits left for its angle.
+    Björck and Golub (1973). ``O(d p q)`` and one SVD of ``[p, q]``.
+
+    Args:
+      U: orthonormal columns ``[..., d, p]``.
+      V: orthonormal columns ``[..., d, q]``.
+
+    Examples:
+      >>> U, V = jnp.eye(3)[:, :2], jnp.eye(3)[:, 1:]
+      >>> jnp.degrees(principal_angles(U, V)).round(3).tolist()
+      [0.0, 90.0]
+    """
+    if U.shape[-1] < V.shape[-1]:
+        U, V = V, U
+    inner = jnp.matmul(U.mT, V, precision=HIGHEST)
+    outside = V - jnp.matmul(U, inner, precision=HIGHEST)
+    singular = partial(jnp.linalg.svd, compute_uv=False)
+    cosines = one_by_one(singular, inner)
+    sines = one_by_one(singular, outside)[..., ::-1]
+    return jnp.where(
+        cosines > 0.5**0.5,
+        jnp.arcsin(jnp.clip(sines, 0, 1)),
+        jnp.arccos(jnp.clip(cosines, 0, 1)),
+    )
+
+
+def check_energy(energy: float | Float[Array, ""]) -> None:
+    """Refuse an energy, given as a number, that is no share in (0, 1]."""
     if isinstance(energy, int | float) and not 0 < energy <= 1:
         raise ValueError(f"energy must be a share in (0, 1], got {energy}; write 0.95 for 95 %")

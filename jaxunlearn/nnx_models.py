@@ -15,9 +15,9 @@ from flax import nnx
 from flax.errors import TraceContextError
 from flax.traverse_util import unflatten_dict
 
-from jaxunlearn.capture import ApplyFn, LayerCall
 from jaxunlearn.flax_layers import own_call, spec_of_nnx
 from jaxunlearn.layers import LayerSpec, leaves_by_path
+from jaxunlearn.watch import ApplyFn, LayerCall
 
 
 class _Read(nnx.Variable):

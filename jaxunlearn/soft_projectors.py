@@ -8,13 +8,14 @@ faster by one Cholesky factor. All can be ``vmap``ped over ``α`` and broadcast 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxunlearn.linalg import HIGHEST, one_by_one, randomized_eigh, symmetrize
+from jaxunlearn.linalg import HIGHEST, one_by_one, symmetrize
 from jaxunlearn.projectors import (
     CholeskyProjector,
     DualProjector,
     SpectralProjector,
     identity_like,
 )
+from jaxunlearn.randomized import randomized_eigh
 from jaxunlearn.subspace import Eigenbasis, eigenbasis_of_rows, nonzero
 
 

@@ -20,9 +20,9 @@ from jaxunlearn.linalg import (
     RankRule,
     energy_mask,
     psd_eigh,
-    randomized_eigh,
 )
 from jaxunlearn.projectors import SpectralProjector
+from jaxunlearn.randomized import randomized_eigh
 
 Solver = Literal["auto", "eigh", "randomized"]
 
@@ -89,9 +89,9 @@ def leading_space(
     no further than the energy asks for. :func:`truncate` shortens it.
 
     - ``"eigh"``: all eigenvectors, ``9 d³`` flops; the fewest directions.
-    - ``"randomized"``: :func:`jaxunlearn.linalg.randomized_eigh`, ``d²`` times the rank; the energy
-      is certain, the rank a few directions above the fewest. Never more than ``eigh`` by much, as
-      it ends in ``eigh`` where the rank is a large share of ``d``.
+    - ``"randomized"``: :func:`jaxunlearn.randomized.randomized_eigh`, ``d²`` times the rank; the
+      energy is certain, the rank a few directions above the fewest. Never more than ``eigh`` by
+      much, as it ends in ``eigh`` where the rank is a large share of ``d``.
     - ``"auto"``: ``"randomized"`` for a single Gram of ``d ≥ 1024``, where ``eigh`` begins to cost
       seconds, else ``"eigh"``.
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from flax.core.tracers import current_trace  # jax itself has moved it since 0.6
 
-from jaxunlearn.capture import ApplyFn, LayerCall
 from jaxunlearn.layers import LayerSpec, check_input, leaves_by_path
+from jaxunlearn.watch import ApplyFn, LayerCall
 
 
 def tapped(forward: Callable[..., Any], specs: Mapping[str, LayerSpec]) -> ApplyFn:

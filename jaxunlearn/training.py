@@ -1,6 +1,6 @@
 """Supervised training shared by the original model and the retrained model.
 
-Steps and epochs are those of :mod:`jaxunlearn.steps`; here are the optimiser of the papers, the run
+Steps are those of :mod:`jaxunlearn.steps`; here are the optimiser of the papers, the run
 over epochs with early stopping and resumption, and the accuracy.
 """
 
@@ -20,8 +20,9 @@ from jaxtyping import Array, PRNGKeyArray
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import ApplyFn
 from jaxunlearn.checkpoint import restore_latest, save_state
+from jaxunlearn.epochs import epoch_inputs, run_epoch
 from jaxunlearn.sharding import replicate, shard_batch, unreplicate
-from jaxunlearn.steps import Augment, TrainState, epoch_inputs, run_epoch, train_step
+from jaxunlearn.steps import Augment, TrainState, train_step
 
 
 class Fitted(NamedTuple):

@@ -7,13 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxunlearn.capture import (
-    capture_inputs,
-    capture_outputs,
-    describe_layers,
-    features,
-    layer_inputs,
-)
+from jaxunlearn.activations import features
+from jaxunlearn.capture import capture_inputs, capture_outputs, describe_layers, layer_inputs
 from jaxunlearn.gram import accumulate_gram
 from jaxunlearn.layers import inputs_as_rows
 
@@ -100,8 +95,6 @@ def test_asking_for_an_absent_layer_names_it(model):
     specs = describe_layers(*model)
     with pytest.raises(ValueError, match=r"did not call \['elsewhere'\]"):
         capture_inputs(apply_fn, {"elsewhere": specs["head"]})(variables, x)
-    with pytest.raises(ValueError, match=r"no dense layer 'stem'"):
-        features(apply_fn, specs, "stem")
     with pytest.raises(ValueError, match="matches 'nothing\\*'"):
         capture_outputs(apply_fn, "nothing*")(variables, x)
 

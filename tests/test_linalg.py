@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.linalg import subspace_angles
 
 from jaxunlearn.gram import GramState
-from jaxunlearn.linalg import energy_mask, psd_eigh, symmetrize
+from jaxunlearn.linalg import (
+    captured_fraction,
+    energy_mask,
+    principal_angles,
+    psd_eigh,
+    safe_norm,
+    symmetrize,
+)
 from jaxunlearn.methods.alpha_grid import edit_grid
 from jaxunlearn.soft_projectors import importance_solve
 
@@ -188,3 +196,33 @@ def test_a_grid_factorises_once_for_each_alpha():
     solves = [call for call in calls if call[0] == "triangular_solve"]
     assert {turns for _, _, turns in solves} == {3, 4}  # and not 12
     assert {shape for _, shape, _ in solves} == {(5, 5)}
+
+
+def test_norm_and_captured_share_of_a_zero_row_are_zero_with_a_finite_gradient():
+    z = jnp.array([[3.0, 4.0], [0.0, 0.0], [0.0, 2.0]])
+
+    def first(x):
+        return x * jnp.array([[1.0], [0.0]])
+
+    np.testing.assert_array_equal(safe_norm(z), [5, 0, 2])
+    np.testing.assert_allclose(captured_fraction(z, first), [0.6, 0, 0], rtol=1e-6)
+    slope = jax.grad(lambda rows: captured_fraction(rows, first).sum())(z)
+    assert np.isfinite(slope).all()
+    np.testing.assert_array_equal(slope[1:], 0)  # a zero row, and one orthogonal to the space
+
+
+@pytest.mark.parametrize(("p", "q"), [(3, 3), (4, 2), (2, 5)])
+def test_principal_angles_are_scipys_for_small_and_large_angles(p, q):
+    rng = np.random.default_rng(p)
+    U, _ = np.linalg.qr(rng.normal(size=(8, p)))
+    V, _ = np.linalg.qr(np.concatenate([U[:, :1] + 1e-3 * rng.normal(size=(8, 1))], 1))
+    V, _ = np.linalg.qr(np.concatenate([V, rng.normal(size=(8, q - 1))], 1))
+    angles = principal_angles(jnp.asarray(U, jnp.float32), jnp.asarray(V, jnp.float32))
+    np.testing.assert_allclose(angles, subspace_angles(U, V)[::-1], atol=2e-6)
+
+
+def test_a_space_makes_no_angle_with_itself_nor_a_right_angle_less_than_90_degrees():
+    U = jnp.eye(6)
+    stack = jnp.stack([U[:, :2], U[:, 2:4]])
+    angles = principal_angles(stack, jnp.stack([U[:, :2], U[:, :2]]))
+    np.testing.assert_allclose(np.degrees(angles), [[0, 0], [90, 90]], atol=1e-4)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxunlearn.linalg import randomized_eigh
 from jaxunlearn.projectors import CholeskyProjector, DualProjector
+from jaxunlearn.randomized import randomized_eigh
 from jaxunlearn.soft_projectors import importance_solve, importance_solve_rows
 from jaxunlearn.subspace import (
     eigenbasis,

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
+from jaxunlearn.activations import features
 from jaxunlearn.batches import Batches
-from jaxunlearn.capture import describe_layers, features, layer_inputs
+from jaxunlearn.capture import describe_layers, layer_inputs
 from jaxunlearn.gram import accumulate_gram
 from jaxunlearn.layers import ConvGeometry, LayerSpec
 from jaxunlearn.methods import UnlearningProblem, UNSCConfig, unsc

@@ -11,11 +11,12 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxunlearn import steps, training
+from jaxunlearn import epochs, training
 from jaxunlearn.batches import Batches
+from jaxunlearn.epochs import epoch_inputs, run_epoch
 from jaxunlearn.preprocessing import augmenter
 from jaxunlearn.sharding import data_mesh, replicate
-from jaxunlearn.steps import TrainState, cross_entropy, epoch_inputs, run_epoch, train_step
+from jaxunlearn.steps import TrainState, cross_entropy, train_step
 from jaxunlearn.training import accuracy, fit, sgd
 
 N, BATCH, D, K = 10, 4, 5, 3
@@ -149,7 +150,7 @@ def test_epoch_figures_are_means_over_examples_not_over_batches(monkeypatch, con
         state = TrainState({"steps": state.variables["steps"] + 1}, state.opt_state)
         return state, {"loss": total, "accuracy": 2 * total, "count": jnp.sum(mask)}
 
-    monkeypatch.setattr(steps, "scan_epochs", lambda: scan)
+    monkeypatch.setattr(epochs, "scan_epochs", lambda: scan)
     xs = epoch_inputs(jax.random.key(0), N, BATCH, 0)
     state, figures = run_epoch(step, consts, TrainState({"steps": jnp.array(0)}, ()), xs)
     mean = float(np.mean(consts["labels"]))
@@ -354,7 +355,7 @@ def test_scan_and_loop_run_the_same_epoch(monkeypatch, model, variables, consts)
     xs = epoch_inputs(jax.random.key(0), N, BATCH, 1)
     runs = []
     for scan in (False, True):
-        monkeypatch.setattr(steps, "scan_epochs", lambda scan=scan: scan)
+        monkeypatch.setattr(epochs, "scan_epochs", lambda scan=scan: scan)
         runs.append(run_epoch(step, consts, _state(variables[model]), xs))
     _assert_close(*runs, atol=1e-5)
 
@@ -490,7 +491,7 @@ def one_device_run(images):
 @pytest.mark.parametrize(("devices", "scan"), [(3, False), (4, False), (4, True)])
 def test_a_run_on_a_mesh_is_that_of_one_device(images, one_device_run, devices, scan, monkeypatch):
     """Batches of 6, of which the last has one example: 3 devices divide it, 4 do not."""
-    monkeypatch.setattr(steps, "scan_epochs", lambda: scan)
+    monkeypatch.setattr(epochs, "scan_epochs", lambda: scan)
     run = _fit_images(images, devices)
     _assert_same_run(run, one_device_run)
     for leaf in jax.tree.leaves(run.variables):
@@ -522,7 +523,7 @@ def test_each_device_works_on_its_rows_and_keeps_the_whole_state(
     monkeypatch, scan, variables, consts
 ):
     """One compilation for all steps and epochs; state that came back is not copied again."""
-    monkeypatch.setattr(steps, "scan_epochs", lambda: scan)
+    monkeypatch.setattr(epochs, "scan_epochs", lambda: scan)
     mesh, held, traces = data_mesh(2), [], []
 
     def look(key, inputs):

@@ -10,14 +10,15 @@ import pytest
 
 from jaxunlearn.batches import Batches, epoch_indices
 from jaxunlearn.capture import describe_layers
+from jaxunlearn.epochs import run_epoch
 from jaxunlearn.gram import GramState
 from jaxunlearn.methods import UnlearningProblem, UNSCConfig, unsc
 from jaxunlearn.methods.labels import pseudo_labels
 from jaxunlearn.methods.subspaces import retained_spaces
 from jaxunlearn.methods.unsc import class_grams
 from jaxunlearn.models import ALLCNN, MLP, MLP_TOY, AllCNN, from_torch, read_arrays
+from jaxunlearn.steps import TrainState, train_step
 from jaxunlearn.subspace import eigenbasis, top_eigenspace
-from jaxunlearn.training import TrainState, run_epoch, train_step
 from jaxunlearn.transforms import project_updates
 
 # Absolute tolerance of S Sᵀ, by the dtype in which Grams are formed and decomposed.

@@ -25,6 +25,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import describe_layers, layer_inputs
+from jaxunlearn.epochs import epoch_inputs, run_epoch
 from jaxunlearn.gram import accumulate_gram
 from jaxunlearn.layers import LayerSpec, path_name
 from jaxunlearn.methods.base import (
@@ -42,7 +43,7 @@ from jaxunlearn.methods.subspaces import Grams, RetainedSpace, retained_spaces
 from jaxunlearn.methods.unsc_config import UNSCConfig
 from jaxunlearn.projectors import SpectralProjector
 from jaxunlearn.sharding import replicate, unreplicate
-from jaxunlearn.steps import Relabel, TrainState, epoch_inputs, run_epoch, train_step
+from jaxunlearn.steps import Relabel, TrainState, train_step
 from jaxunlearn.training import accuracy
 from jaxunlearn.transforms import mask_updates, project_updates
 
