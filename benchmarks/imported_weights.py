@@ -18,11 +18,12 @@ import numpy as np
 
 from benchmarks.common import print_table, save_results
 from jaxunlearn.batches import Batches
-from jaxunlearn.config import config_from_mapping, reference_data
+from jaxunlearn.config import config_from_mapping
 from jaxunlearn.data import Source
 from jaxunlearn.evaluation.report import predict
 from jaxunlearn.models import check_logits
 from jaxunlearn.network import build_network, given_variables
+from jaxunlearn.paths import reference_data
 from jaxunlearn.sources import load_source
 
 _CIFAR10, _FASHION = "tfds:cifar10", "tfds:fashion_mnist"

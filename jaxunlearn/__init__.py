@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from jaxunlearn.linalg import psd_eigh as psd_eigh
     from jaxunlearn.methods import METHODS as METHODS
     from jaxunlearn.methods import DeepUnlearningConfig as DeepUnlearningConfig
+    from jaxunlearn.methods import DimensionalAlignmentConfig as DimensionalAlignmentConfig
     from jaxunlearn.methods import Unlearned as Unlearned
     from jaxunlearn.methods import UnlearningProblem as UnlearningProblem
     from jaxunlearn.methods import UNSCConfig as UNSCConfig
@@ -91,6 +92,7 @@ _HOME = {
     "Batches": "batches",
     "CholeskyProjector": "projectors",
     "DeepUnlearningConfig": "methods",
+    "DimensionalAlignmentConfig": "methods",
     "DualProjector": "projectors",
     "Eigenbasis": "subspace",
     "GramState": "gram",

@@ -1,42 +1,56 @@
-"""The evaluation stage of a run: models x splits -> the report's numbers and figure arrays."""
+"""The evaluation stage of a run: models x splits -> the report's numbers and figure arrays.
 
-from collections.abc import Callable, Mapping
+One forward pass per model and split gives logits and features; the rest is a function of these.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxunlearn.activations import last_dense, with_features
+from jaxunlearn.alignment_profile import alignment_profile
 from jaxunlearn.batches import Batches
-from jaxunlearn.capture import ApplyFn, describe_layers, features
+from jaxunlearn.capture import ApplyFn, describe_layers
 from jaxunlearn.config import EvaluateConfig
-from jaxunlearn.data import Examples, Source, Splits
-from jaxunlearn.evaluation.report import SPLITS, evaluate_model, gap_to_retrain, predict
+from jaxunlearn.data import Source, Splits
+from jaxunlearn.edits import silence_classes
+from jaxunlearn.evaluation.report import SPLITS, evaluate_model, gap_to_retrain, predict_all
 from jaxunlearn.evaluation.representation import pca_embedding, pseudo_label_histogram
-from jaxunlearn.evaluation.saliency import grad_cam, last_convolution
+from jaxunlearn.feature_assessment import assess_features
+from jaxunlearn.layers import LayerSpec
+from jaxunlearn.saliency_assessment import saliency_arrays
 from jaxunlearn.sharding import replicate, shard_batch
 
 _LARGE, _SAMPLE = 20_000, 5_000
 _EMBEDDED = 2_000  # test images in the embedding: more would not be told apart
-_EXPLAINED = 3  # images of each side with a saliency map
+
+# Of one model, by split: logits [n, k], features [n, d] (d = 0 where there are none), labels [n].
+Outputs = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 class Assessment(NamedTuple):
     """Parts of a report.
 
     Attributes:
-      models: ``{name: accuracies, counts, confusion, attack}``, None for a model that is not there.
+      models: ``{name: accuracies, counts, confusion, attack, representation}``, None for a model
+        that is not there. ``"head_edit"`` is the control: the original, whose head alone is edited.
       gaps: the models' numbers minus the retrained model's, if there is one.
+      representation: how the features were read and judged, None if they were not.
       pseudo_labels: where a method sent the forget examples, if it says so.
       arrays: ``embedding_{model} [n, 2]``, ``embedding_labels [n]``, ``embedding_forget [n]``; of
-        a convolutional network that forgets classes of images also ``saliency_{model} [m, h, w]``,
-        ``saliency_predicted_{model} [m]``, ``saliency_images [m, h, w, c]``,
-        ``saliency_labels [m]`` and ``saliency_forget [m]``.
+        a convolutional network that forgets classes of images, or a backdoor in them, also
+        ``saliency_{model} [m, h, w]``, ``saliency_predicted_{model} [m]``,
+        ``saliency_images [m, h, w, c]``, ``saliency_labels [m]`` and ``saliency_forget [m]``; of
+        features those of :class:`jaxunlearn.feature_assessment.FeatureAssessment`.
       notes: what is not there, and why.
     """
 
     models: dict[str, Any]
     gaps: dict[str, Any] | None
+    representation: dict[str, Any] | None
     pseudo_labels: dict[str, Any] | None
     arrays: dict[str, np.ndarray]
     notes: list[str]
@@ -61,6 +75,7 @@ def assess(
     *,
     pseudo: np.ndarray | None,
     seed: int,
+    references: Sequence[Any] = (),
     mesh: Mesh | None = None,
 ) -> Assessment:
     """Evaluate models on forget and retain data of the train and test sets.
@@ -70,9 +85,10 @@ def assess(
       models: ``{"original": variables, "retrained": variables or None, "unlearned": variables}``.
       source: the data.
       splits: the deletion request, resolved.
-      config: sample size, batch size, members of the attack.
+      config: sample size, batch size, members of the attack, choices on features.
       pseudo: labels that the method gave the forget examples, if it did.
       seed: of the samples.
+      references: variables of further retrained models: what chance alone does to features.
       mesh: devices over which the batches are split.
     """
     rows = {
@@ -88,144 +104,178 @@ def assess(
         if len(at)
     }
     given = {name: variables for name, variables in models.items() if variables is not None}
-    k = source.num_classes
-    logits = {
-        name: {split: _outputs(apply_fn, variables, data.get(split), k, mesh) for split in SPLITS}
-        for name, variables in given.items()
-    }
+    k, inputs = source.num_classes, data["forget_train"].inputs[:1]
+    reader = _reader(apply_fn, given["original"], inputs, config.representation.layer)
+
+    def read(variables: Any, forward: ApplyFn = reader.forward) -> Outputs:
+        placed = replicate(mesh, variables)
+        return {split: _outputs(forward, placed, data.get(split), k, mesh) for split in SPLITS}
+
+    outputs = {name: read(variables) for name, variables in given.items()}
+    if splits.forget_classes and reader.head is not None:
+        outputs["head_edit"] = read(*_head_edit(reader, given["original"], splits.forget_classes))
     judged = {
-        name: _judged(name, logits[name], k, config.members, seed) if name in given else None
-        for name in models
+        name: _judged(name, outputs[name], config, k, seed) if name in outputs else None
+        for name in (*models, "head_edit")
     }
-    labels = None
+    gaps, labels = gap_to_retrain(judged), None
     if pseudo is not None:
         retrained = None
         if "retrained" in given:
-            retrained = logits["retrained"]["forget_train"][0].argmax(-1)
+            retrained = outputs["retrained"]["forget_train"][0].argmax(-1)
         labels = pseudo_label_histogram(pseudo, retrained, k)._asdict()
-    arrays, notes = _embeddings(apply_fn, given, source, splits, config.batch_size, seed)
-    explained, more = _saliency(apply_fn, given, rows, logits, seed)
-    arrays, notes = arrays | explained, notes + more
-    return Assessment(judged, gap_to_retrain(judged), labels, arrays, notes)
+    arrays, notes, found = dict[str, np.ndarray](), list(reader.notes), None
+    if reader.specs:
+        arrays, more = _embeddings({name: outputs[name] for name in given}, splits, seed)
+        notes += more
+    judges = reader.specs and config.representation.enabled
+    if judges and not len(splits.retain_test):
+        notes.append("There are no retained test images, so features are not judged.")
+    elif judges:
+        profiles = {}
+        if config.representation.profile:
+            profiles = {
+                name: alignment_profile(
+                    apply_fn,
+                    reader.specs,
+                    variables,
+                    data["forget_train"],
+                    data["retain_train"],
+                    energy=config.representation.energy,
+                    rank=config.representation.rank,
+                    mesh=mesh,
+                )
+                for name, variables in given.items()
+            }
+        found = assess_features(
+            {name: _features(each) for name, each in outputs.items()},
+            [_features(read(variables)) for variables in references],
+            k,
+            splits.forget_classes,
+            config.representation,
+            retain_share=len(rows["retain_train"][1]) / len(splits.retain),
+            layer=reader.layer,
+            profiles=profiles,
+            seed=seed,
+        )
+        arrays |= found.arrays
+        for name, model in judged.items():
+            if model is not None:
+                model["representation"] = found.models[name]
+        for name, gap in (gaps or {}).items():
+            gap["representation"] = (found.gaps or {})[name]
+    explained, more = saliency_arrays(
+        apply_fn, given, rows, {name: _logits(outputs[name]) for name in given}, seed
+    )
+    settings = None if found is None else found.settings
+    return Assessment(judged, gaps, settings, labels, arrays | explained, notes + more)
 
 
-def _judged(name: str, logits: Any, k: int, members: str, seed: int) -> dict[str, Any]:
+class _Reader(NamedTuple):
+    """How logits and features are read.
+
+    Attributes:
+      forward: ``(variables, inputs) -> (logits, features)``; without features these are ``[b, 0]``.
+      specs: the layers, empty without features.
+      head: the last dense layer, if there is one.
+      layer: where the features are from, in words.
+      notes: what is not there, and why.
+    """
+
+    forward: ApplyFn
+    specs: dict[str, LayerSpec]
+    head: LayerSpec | None
+    layer: str
+    notes: tuple[str, ...] = ()
+
+
+def _reader(apply_fn: ApplyFn, variables: Any, inputs: Any, layer: str | None) -> _Reader:
     try:
-        return evaluate_model(logits, k, members=members, seed=seed)
+        specs = describe_layers(apply_fn, variables, inputs)
+        head = last_dense(specs) if layer is None or _has_dense(specs) else None
+    except ValueError as error:  # no layers that are known, or no dense one to read from
+
+        def forward(variables: Any, x: Any) -> tuple:
+            return apply_fn(variables, x), jnp.zeros((x.shape[0], 0))
+
+        return _Reader(forward, {}, None, "", (f"There are no features to judge: {error}",))
+    where = layer if layer is not None else f"input of {last_dense(specs).path}"
+    return _Reader(with_features(apply_fn, specs, layer), specs, head, where)
+
+
+def _has_dense(specs: Mapping[str, LayerSpec]) -> bool:
+    return any(spec.conv is None for spec in specs.values())
+
+
+def _head_edit(reader: _Reader, variables: Any, classes: Sequence[int]) -> tuple[Any, ApplyFn]:
+    """The control's variables and forward pass; without a bias its logits are silenced instead."""
+    assert reader.head is not None
+    params = silence_classes(variables["params"], reader.head, classes)
+    if params is not None:
+        return {**variables, "params": params}, reader.forward
+
+    def forward(variables: Any, x: Any) -> tuple:
+        logits, z = reader.forward(variables, x)
+        return logits.at[:, jnp.array(sorted(classes))].set(-1e4), z
+
+    return variables, forward
+
+
+def _outputs(
+    forward: ApplyFn, variables: Any, batches: Batches | None, k: int, mesh: Mesh | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if batches is None:
+        return np.zeros((0, k), np.float32), np.zeros((0, 0), np.float32), np.zeros(0, np.int32)
+    split = (shard_batch(mesh, batch) for batch in batches)
+    logits, z = predict_all(forward, variables, split)
+    return logits, z, np.asarray(batches.labels)
+
+
+def _logits(outputs: Outputs) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    return {split: (logits, labels) for split, (logits, _, labels) in outputs.items()}
+
+
+def _features(outputs: Outputs) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    width = outputs["retain_train"][1].shape[1]
+    return {split: (z.reshape(-1, width), y) for split, (_, z, y) in outputs.items()}
+
+
+def _judged(
+    name: str, outputs: Outputs, config: EvaluateConfig, k: int, seed: int
+) -> dict[str, Any]:
+    try:
+        return evaluate_model(_logits(outputs), k, members=config.members, seed=seed)
     except ValueError as error:
         raise ValueError(f"{name} model: {error}") from error
 
 
-def _outputs(
-    apply_fn: ApplyFn, variables: Any, batches: Batches | None, k: int, mesh: Mesh | None
-) -> tuple[np.ndarray, np.ndarray]:
-    if batches is None:
-        return np.zeros((0, k), np.float32), np.zeros(0, np.int32)
-    split = (shard_batch(mesh, batch) for batch in batches)
-    return predict(apply_fn, replicate(mesh, variables), split), np.asarray(batches.labels)
-
-
 def _embeddings(
-    apply_fn: ApplyFn,
-    models: Mapping[str, Any],
-    source: Source,
-    splits: Splits,
-    batch_size: int,
-    seed: int,
+    models: Mapping[str, Outputs], splits: Splits, seed: int
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Two principal components of the features, on axes that all models share."""
-    examples, forget = _shown(source, splits, seed)
-    shown = Batches(*examples, batch_size)
-    try:
-        specs = describe_layers(apply_fn, next(iter(models.values())), shown.inputs[:1])
-        features_fn = jax.jit(features(apply_fn, specs))
-        embedded = pca_embedding({m: _features(features_fn, v, shown) for m, v in models.items()})
-    except ValueError as error:  # no dense layer to read from, or features of one dimension
-        return {}, [f"There is no embedding of the features: {error}"]
-    arrays = {f"embedding_{name}": points for name, points in embedded.items()}
-    return arrays | {"embedding_labels": examples.labels, "embedding_forget": forget}, []
+    """Two principal components of the features, on axes that all models share.
 
-
-def _features(features_fn: Callable, variables: Any, batches: Batches) -> np.ndarray:
-    return np.concatenate(
-        [np.asarray(features_fn(variables, b["inputs"]))[np.asarray(b["mask"])] for b in batches]
-    )
-
-
-def _saliency(
-    apply_fn: ApplyFn,
-    models: Mapping[str, Any],
-    rows: Mapping[str, tuple[Examples, np.ndarray]],
-    logits: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]],
-    seed: int,
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """What in a few test images speaks for their class; nothing without images or a convolution.
-
-    Images that were to be forgotten must not be stored with a report: without forgotten classes
-    there is nothing to show.
-    """
-    sides, rng = ("forget_test", "retain_test"), np.random.default_rng(seed)
-    chosen = {side: _explained(*logits["original"][side], rng) for side in sides}
-    images, labels = (
-        np.concatenate([array[rows[s][1][at]] for s, at in chosen.items()])
-        for array in rows["forget_test"][0]
-    )
-    forget = np.arange(len(labels)) < len(chosen["forget_test"])
-    if not forget.any() or images.ndim != 4 or images.shape[-1] not in (1, 3):
-        return {}, []
-    maps, notes = _class_maps(apply_fn, models, images, labels)
-    if not maps:
-        return {}, notes
-    arrays = maps | {"images": images, "labels": labels, "forget": forget}
-    for name in models:
-        answers = [logits[name][s][0][at].argmax(-1) for s, at in chosen.items()]
-        arrays[f"predicted_{name}"] = np.concatenate(answers)
-    return {f"saliency_{name}": array for name, array in arrays.items()}, notes
-
-
-def _class_maps(
-    apply_fn: ApplyFn, models: Mapping[str, Any], images: np.ndarray, labels: np.ndarray
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Grad-CAM ``[m, h, w]`` of every model, of the images' size."""
-    try:
-        specs = describe_layers(apply_fn, models["original"], images[:1])
-    except ValueError:  # no layers that are known, as the note on the embedding says
-        return {}, []
-    if last_convolution(specs) is None:
-        return {}, []
-
-    @jax.jit
-    def maps_fn(variables: Any, x: jax.Array, classes: jax.Array) -> jax.Array:
-        maps = grad_cam(apply_fn, specs, variables, x, classes)
-        return jax.image.resize(maps, x.shape[:3], "bilinear")
-
-    try:
-        maps = {m: np.asarray(maps_fn(v, images, labels), np.float32) for m, v in models.items()}
-    except ValueError as error:  # the convolution runs inside a lifted transform
-        return {}, [f"There are no saliency maps: {error}"]
-    return maps, []
-
-
-def _explained(outputs: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Places of a few examples, drawn first among those that the original model gets right."""
-    drawn = rng.permutation(len(labels))
-    right = outputs[drawn].argmax(-1) == labels[drawn]
-    return np.concatenate([drawn[right], drawn[~right]])[:_EXPLAINED]
-
-
-def _shown(source: Source, splits: Splits, seed: int) -> tuple[Examples, np.ndarray]:
-    """Test examples, and which of them are of forgotten classes.
-
-    Forgotten samples have no likes in the test set: they are shown themselves.
+    Of test examples; forgotten samples, which have no likes among these, are shown themselves.
     """
     rng = np.random.default_rng(seed)
-    test = np.sort(rng.permutation(len(source.test.labels))[:_EMBEDDED])
-    inputs, labels = source.test.inputs[test], source.test.labels[test]
-    if splits.forget_classes:
-        return Examples(inputs, labels), np.isin(labels, splits.forget_classes)
-    own = np.sort(rng.permutation(splits.forget)[:_EMBEDDED])
-    both = Examples(
-        np.concatenate([inputs, source.train.inputs[own]]),
-        np.concatenate([labels, source.train.labels[own]]),
-    )
-    return both, np.arange(len(both.labels)) >= len(test)
+    count = len(splits.forget_test) + len(splits.retain_test)
+    test = np.sort(rng.permutation(count)[:_EMBEDDED])
+    own = np.zeros(0, np.int64)
+    if not len(splits.forget_test):
+        own = np.sort(rng.permutation(len(splits.forget))[:_EMBEDDED])
+
+    def shown(outputs: Outputs, part: int) -> np.ndarray:
+        sides = ("forget_test", "retain_test")
+        both = np.concatenate([outputs[side][part] for side in sides if len(outputs[side][2])])
+        stored = np.argsort(np.concatenate([getattr(splits, side) for side in sides]))
+        return np.concatenate([both[stored][test], outputs["forget_train"][part][own]])
+
+    forget = np.isin(test, splits.forget_test)
+    labels = {
+        "embedding_labels": shown(models["original"], 2),
+        "embedding_forget": np.concatenate([forget, np.ones(len(own), bool)]),
+    }
+    try:
+        embedded = pca_embedding({name: shown(each, 1) for name, each in models.items()})
+    except ValueError as error:  # features of one dimension, say
+        return {}, [f"There is no embedding of the features: {error}"]
+    return labels | {f"embedding_{name}": points for name, points in embedded.items()}, []

@@ -177,12 +177,14 @@ def _carry_out(
         config = load_config(config_file, [*(overrides or []), *given])
 
         from jaxunlearn.experiment import run as run_experiment
-        from jaxunlearn.report import console_table
+        from jaxunlearn.report import console_table, features_table
 
         console = _console()
         report = run_experiment(config, until=until, console=None if quiet else console)
         if report is not None:
             console.print(console_table(report))
+            if (features := features_table(report)) is not None:
+                console.print(features)
             for note in report["notes"]:
                 console.print(f"note: {note}", highlight=False, markup=False)
         shown = "checkpoints" if report is None else "report.html, report.md and report.json"

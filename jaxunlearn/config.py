@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,18 +33,44 @@ def _require(holds: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
+class TriggerConfig:
+    """``[data.trigger]``: the square patch of scope "backdoor", and the class it stands for."""
+
+    target: Natural = 0
+    size: Positive = 4  # side in pixels, smaller than the image
+    value: Annotated[float, Field(ge=0, le=1)] = 1.0  # brightness, share of the source's scale
+    corner: Literal["top_left", "top_right", "bottom_left", "bottom_right"] = "bottom_right"
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    """``[data]``: the data set and what of it is to be forgotten, as ``data.split`` takes it."""
+    """``[data]``: the data set and what of it is to be forgotten, as ``data.split`` takes it.
+
+    ``trigger`` belongs to scope "backdoor", as ``backdoor.plant_backdoor`` takes it.
+    """
 
     forget: int | tuple[int, ...] | float
     source: str = "digits"
     data_dir: str | None = None
-    scope: Literal["class", "classes", "samples", "random"] = "class"
+    scope: Literal["class", "classes", "samples", "random", "backdoor"] = "class"
     split_seed: Natural = 0
     mean: tuple[float, ...] | None = None  # model input = (x / scale - mean) / std; by default
     std: tuple[float, ...] | None = None  # the source's own constants
     scale: Annotated[float, Field(gt=0)] | None = None
     validation: Share = 0.0  # of the training set, for early stopping and tuning
+    trigger: TriggerConfig = field(default_factory=TriggerConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.scope != "backdoor" or isinstance(self.forget, float),
+            f'forget = {self.forget!r} with scope = "backdoor"; wanted the share of the training '
+            "images that get the trigger, in (0, 1), such as 0.1",
+        )
+        _require(
+            self.scope == "backdoor" or self.trigger == TriggerConfig(),
+            f'a trigger with scope = "{self.scope}"; only scope = "backdoor" reads one: '
+            "write that, or leave the trigger out",
+        )
 
 
 @dataclass(frozen=True)
@@ -126,6 +151,14 @@ class RetrainConfig:
 
     enabled: bool = True
     checkpoint: str | None = None
+    references: Positive = 1  # retrained models; the first is compared, all show what chance does
+
+    def __post_init__(self) -> None:
+        _require(
+            self.references == 1 or (self.enabled and self.checkpoint is None),
+            f"references = {self.references} with enabled = {self.enabled}, checkpoint = "
+            f"{self.checkpoint!r}; more than one retrained model has to be trained here",
+        )
 
 
 @dataclass(frozen=True)
@@ -137,12 +170,27 @@ class UnlearnConfig:
 
 
 @dataclass(frozen=True)
+class RepresentationConfig:
+    """``[evaluate.representation]``: what is read from features, and how alignment is defined."""
+
+    enabled: bool = True
+    layer: str | None = None  # module whose output they are; None: what the head reads
+    energy: Annotated[float, Field(gt=0, le=1)] = 0.95
+    rank: Positive | None = None  # directions of the retain space, instead of an energy
+    kind: Literal["ratio", "energy", "subspace"] = "ratio"
+    center: bool = False
+    feature_norm: Literal["l2"] | None = None
+    profile: bool = False  # alignment of every layer: one more pass over forget and retain data
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """``[evaluate]``: how the models are compared."""
 
     retain_sample: Positive | None = None  # None: 5,000 of more than 20,000 images, else all
     batch_size: Positive = 512
     members: Literal["first", "random"] = "first"  # retain images of the membership attack
+    representation: RepresentationConfig = field(default_factory=RepresentationConfig)
 
 
 @dataclass(frozen=True)
@@ -240,40 +288,6 @@ def fingerprint(mapping: Mapping[str, Any]) -> str:
       True
     """
     return hashlib.sha256(json.dumps(mapping, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def reference_data() -> Path | None:
-    """``$JAXUNLEARN_DATA``, else the folder ``shared`` beside the project's root, else None."""
-    if named := os.environ.get("JAXUNLEARN_DATA"):
-        return Path(named)
-    sibling = Path(__file__).resolve().parents[2] / "shared"
-    return sibling if sibling.is_dir() else None
-
-
-def resolve_path(text: str) -> Path:
-    """The file or folder that a config names: as given, else among the reference data.
-
-    Expands ``~`` and environment variables. A relative path is looked for in the working directory,
-    then in ``data/`` and ``data/weights/`` of ``reference_data()``.
-
-    Raises:
-      FileNotFoundError: names every place looked at.
-
-    Examples:
-      >>> resolve_path("/no/such.npz")
-      Traceback (most recent call last):
-      FileNotFoundError: /no/such.npz: not found at /no/such.npz...
-    """
-    given = Path(os.path.expandvars(text)).expanduser()
-    root = reference_data()
-    folders = [Path.cwd()] + ([root / "data", root / "data" / "weights"] if root else [])
-    # Joining an absolute path discards the folder: then one place is left.
-    places = list(dict.fromkeys(folder / given for folder in folders))
-    for place in places:
-        if place.exists():
-            return place
-    hint = "" if root else "; JAXUNLEARN_DATA, the folder of reference data, is not set"
-    raise FileNotFoundError(f"{text}: not found at {' or '.join(map(str, places))}{hint}")
 
 
 def _apply(override: str, tables: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ def split(
       seed: draws the "random" samples.
 
     Returns:
-      The splits.
+      The splits. Those of scope "backdoor" come from ``jaxunlearn.backdoor.plant_backdoor``.
 
     Raises:
       ValueError: unknown scope, empty forget set, class absent, ids doubled, out of range or in the
@@ -85,10 +85,15 @@ def split(
       >>> len(splits.forget), len(splits.retain), splits.forget_classes
       (146, 1291, (3,))
     """
+    if scope == "backdoor":
+        raise ValueError(
+            "scope 'backdoor' changes the images too; write plant_backdoor(source, trigger, "
+            "share=...), which returns the poisoned source and its splits"
+        )
     if scope not in SCOPES:
         nearest = difflib.get_close_matches(scope, SCOPES, n=1, cutoff=0.0)[0]
         raise ValueError(f"scope {scope!r} is none of {', '.join(SCOPES)}; nearest: {nearest!r}")
-    num_train = _train_count(len(source.train.labels), validation)
+    num_train = train_count(len(source.train.labels), validation)
     labels = source.train.labels[:num_train]
     classes: tuple[int, ...] = ()
     if scope == "random":
@@ -117,7 +122,16 @@ def split(
     )
 
 
-def _train_count(n: int, validation: float) -> int:
+def train_count(n: int, validation: float) -> int:
+    """How many of ``n`` training examples are trained on; the others, the tail, validate.
+
+    Raises:
+      ValueError: a share that leaves nothing on either side.
+
+    Examples:
+      >>> train_count(40, 0.1)
+      36
+    """
     held_out = round(validation * n) if 0 <= validation < 1 else n
     if held_out == n or (validation > 0 and not held_out):
         raise ValueError(
@@ -162,9 +176,24 @@ def _requested_samples(forget: Any, num_train: int, n: int) -> np.ndarray:
 
 
 def _draw_samples(share: Any, num_train: int, seed: int) -> np.ndarray:
+    count = share_count("random", share, num_train)
+    drawn = np.random.default_rng(seed).choice(num_train, count, replace=False)
+    return np.sort(drawn)
+
+
+def share_count(scope: str, share: Any, num_train: int) -> int:
+    """How many of ``num_train`` training examples a request for a share of them covers.
+
+    Raises:
+      ValueError: a share outside (0, 1), or of less than one example.
+
+    Examples:
+      >>> share_count("random", 0.1, 1437)
+      144
+    """
     if not isinstance(share, float) or not 0 < share < 1:
         raise ValueError(
-            f"scope 'random' got forget = {share!r}; wanted a share inside (0, 1), such as 0.1; "
+            f"scope {scope!r} got forget = {share!r}; wanted a share inside (0, 1), such as 0.1; "
             "write scope = 'samples' for a list of ids"
         )
     count = round(share * num_train)
@@ -173,8 +202,7 @@ def _draw_samples(share: Any, num_train: int, seed: int) -> np.ndarray:
             f"empty forget set: a share of {share} of {num_train} training examples; "
             f"write at least {1 / num_train:.2g}"
         )
-    drawn = np.random.default_rng(seed).choice(num_train, count, replace=False)
-    return np.sort(drawn)
+    return count
 
 
 def _distinct_integers(scope: str, forget: Any) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Closed-form edits of kernels: what a model reads on some data is taken out of its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
@@ -65,5 +66,46 @@ def suppress_subspace(
             return K - forget[path](K if retain is None else retain[path].complement(K))
 
         return map_kernel(suppress, specs[path], leaf)
+
+    return jax.tree.map_with_path(edit, params)
+
+
+def silence_classes(
+    params: optax.Params, head: LayerSpec, classes: Collection[int], *, value: float = -1e4
+) -> optax.Params | None:
+    """The head edit: the bias of some classes is set so low that they are never predicted.
+
+    A control, not a method: accuracy on these classes becomes 0, and every feature stays as it was.
+    A measure by which the result looks unlearned looks at the head alone.
+
+    Args:
+      params: the params collection.
+      head: the last dense layer, ``k`` outputs.
+      classes: class ids.
+      value: of their bias.
+
+    Returns:
+      Parameters of the same structure; None if the head has no bias ``[k]``.
+
+    Raises:
+      ValueError: a class that the head does not have.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params = {"head": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+      >>> silence_classes(params, LayerSpec("head", (2, 3)), [1])["head"]["bias"].tolist()
+      [1.0, -10000.0, 1.0]
+    """
+    if wrong := sorted(c for c in classes if not 0 <= c < head.d_out):
+        raise ValueError(f"classes {wrong} are not among the {head.d_out} outputs of {head.path!r}")
+    bias_path = "/".join([*head.kernel_path.split("/")[:-1], "bias"])
+    bias = leaves_by_path(params).get(bias_path)
+    if bias is None or bias.shape != (head.d_out,):
+        return None
+
+    def edit(tree_path: tuple, leaf: Array) -> Array:
+        if path_name(tree_path) != bias_path:
+            return leaf
+        return leaf.at[jnp.array(sorted(classes))].set(value)
 
     return jax.tree.map_with_path(edit, params)

@@ -1,7 +1,5 @@
 """A run: train -> retrain -> unlearn -> evaluate -> report, the whole story in one function."""
 
-import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,11 +7,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jaxunlearn.assessment import assess, retain_sample
 from jaxunlearn.config import RunConfig, to_mapping
-from jaxunlearn.data import Source, Splits
 from jaxunlearn.environment import describe_environment
-from jaxunlearn.evaluation.report import json_value
 from jaxunlearn.preparation import (
     Prepared,
     has_reference,
@@ -24,11 +19,10 @@ from jaxunlearn.preparation import (
     unlearning_problem,
 )
 from jaxunlearn.progress import epoch_progress
-from jaxunlearn.report import write_report
-from jaxunlearn.stages import RunFolder, digest, measured
+from jaxunlearn.run_report import evaluated
+from jaxunlearn.stages import RunFolder, digest
 from jaxunlearn.training import fit
 
-SCHEMA_VERSION = 1
 Until = Literal["train", "unlearn", "evaluate"]
 
 
@@ -80,6 +74,7 @@ def run(
         models["retrained"], records["retrain"] = folder.stage(
             "retrained", template, lambda: _retrained(prepared, keys, folder, console)
         )
+    references = _references(prepared, keys["retrained"], folder, records, console)
     if until == "train":
         return None
     models["unlearned"], records["unlearn"] = folder.stage(
@@ -87,13 +82,16 @@ def run(
     )
     if until == "unlearn":
         return None
-    return _evaluated(prepared, folder, models, records)
+    return evaluated(prepared, folder, models, references, records)
 
 
 def _identity(prepared: Prepared) -> dict[str, Any]:
     """What each stage depends on: sections of the config, and the content of what these name."""
     mapping = to_mapping(prepared.config)
     mapping["data"].pop("data_dir")
+    mapping["retrain"].pop("references")  # another one changes none of those that are there
+    if prepared.splits.scope != "backdoor":
+        mapping["data"].pop("trigger")
     named = {"data": (prepared.source.train, prepared.source.test)}
     named |= {f"{name} model": given for name, given in prepared.given.items() if given is not None}
     digests = {name: digest(tree) for name, tree in named.items()}
@@ -108,7 +106,9 @@ def _identity(prepared: Prepared) -> dict[str, Any]:
         "unlearned": identity("unlearn", given="original"),
     }
     if has_reference(prepared.config):
-        stages["retrained"] = identity("retrain", given="retrained")
+        for number in range(1, prepared.config.retrain.references + 1):
+            name = "retrained" if number == 1 else f"retrained_{number}"
+            stages[name] = identity("retrain", given="retrained")
     return stages
 
 
@@ -178,112 +178,25 @@ def _unlearned(prepared: Prepared, key: jax.Array, original: Any) -> tuple[Any, 
     return result.variables, {"info": result.info}
 
 
-def _evaluated(
-    prepared: Prepared, folder: RunFolder, models: dict[str, Any], records: dict[str, dict]
-) -> dict[str, Any]:
-    config, source, splits = prepared.config, prepared.source, prepared.splits
-    info = dict(records["unlearn"]["info"])
-    pseudo = info.pop("pseudo_labels", None)
-    said = info.pop("notes", [])
-    with measured() as cost:
-        result = assess(
-            prepared.network.apply_fn,
-            {name: models[name] for name in ("original", "retrained", "unlearned")},
-            source,
-            splits,
-            config.evaluate,
-            pseudo=None if pseudo is None else np.asarray(pseudo),
-            seed=config.seed,
-            mesh=prepared.mesh,
+def _references(
+    prepared: Prepared,
+    key: jax.Array,
+    folder: RunFolder,
+    records: dict[str, dict],
+    console: Console | None,
+) -> list[Any]:
+    """Further retrained models, each with its own initialisation and order of the data."""
+    rows, validation = prepared.splits.retain, retained_validation(prepared)
+    models = []
+    for number in range(2, prepared.config.retrain.references + 1):
+        name = f"retrained_{number}"
+        own = jax.random.fold_in(key, number)
+        model, records[f"retrain_{number}"] = folder.stage(
+            name,
+            prepared.network.template,
+            lambda own=own, name=name: _fit(  # type: ignore[misc]
+                prepared, own, rows, validation, name, folder, console
+            ),
         )
-    environment = folder.environment
-    notes = _notes(prepared, records, environment) + said + result.notes
-    records = records | {"evaluate": cost()._asdict()}
-    report = {
-        "schema_version": SCHEMA_VERSION,
-        "config": to_mapping(config),
-        "environment": environment,
-        "problem": _problem(source, splits, config),
-        "models": result.models,
-        "gap_to_retrain": result.gaps,
-        "pseudo_labels": result.pseudo_labels,
-        "method": {
-            "name": prepared.method.name,
-            "config": dataclasses.asdict(prepared.method_config),
-            "info": info,
-        },
-        "training": {
-            name: records[stage].get("history") or {"given": records[stage].get("given")}
-            for stage, name in (("train", "original"), ("retrain", "retrained"))
-            if stage in records
-        },
-        # Nobody here knows how long it took to train a model that was given.
-        "seconds": {s: None if "given" in r else r["seconds"] for s, r in records.items()},
-        "peak_memory_mb": {stage: record["peak_memory_mb"] for stage, record in records.items()},
-        "notes": notes,
-    }
-    report = json_value(report)
-    write_report(folder.path, report, result.arrays)
-    return report
-
-
-def _problem(source: Source, splits: Splits, config: RunConfig) -> dict[str, Any]:
-    return {
-        "source": source.name,
-        "scope": config.data.scope,
-        "forget": config.data.forget,
-        "forget_classes": splits.forget_classes,
-        "num_classes": source.num_classes,
-        "class_names": source.class_names,
-        "counts": {
-            "train": len(splits.train),
-            "validation": len(splits.validation),
-            "forget_train": len(splits.forget),
-            "retain_train": len(splits.retain),
-            "forget_test": len(splits.forget_test),
-            "retain_test": len(splits.retain_test),
-            "retain_sample": _sample_size(splits, config),
-        },
-    }
-
-
-def _sample_size(splits: Splits, config: RunConfig) -> int | None:
-    """Number of retain examples that are measured, or None for all."""
-    size = len(retain_sample(splits, config.evaluate, config.seed))
-    return size if size < len(splits.retain) else None
-
-
-def _notes(
-    prepared: Prepared, records: Mapping[str, Any], environment: Mapping[str, Any]
-) -> list[str]:
-    config, retain, given = prepared.config, prepared.splits.retain, prepared.given
-    notes = []
-    if not has_reference(config):
-        notes.append(
-            "No retrained model: retraining was switched off (retrain.enabled = false), so gaps to "
-            "it are undefined and nothing here says what a model without the data would do."
-        )
-    if (sampled := _sample_size(prepared.splits, config)) is not None:
-        notes.append(
-            f"Retain accuracy on the train set is that of a fixed random sample of {sampled:,} of "
-            f"{len(retain):,} images."
-        )
-    if has_reference(config) and (given["original"] is None) != (given["retrained"] is None):
-        ours, theirs = "original", "retrained"
-        if given["original"] is not None:
-            ours, theirs = theirs, ours
-        notes.append(
-            f"The {theirs} model was given, the {ours} model was trained here: the two may differ "
-            "by recipe as well as by data."
-        )
-    differences = {
-        stage: [key for key in environment if environment[key] != record["environment"].get(key)]
-        for stage, record in records.items()
-    }
-    if elsewhere := [stage for stage, keys in differences.items() if keys]:
-        keys = sorted(set().union(*differences.values()))
-        notes.append(
-            f"Done earlier in another environment than this report's: {', '.join(elsewhere)} "
-            f"(different: {', '.join(keys)}; see stages/)."
-        )
-    return notes
+        models.append(model)
+    return models

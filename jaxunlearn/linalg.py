@@ -140,14 +140,12 @@ def safe_norm(x: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
     return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
 
 
-def captured_fraction(
-    z: Float[Array, "n d"], project: Callable[[Float[Array, "d n"]], Float[Array, "d n"]]
-) -> Float[Array, " n"]:
+def captured_fraction(z: Float[Array, "n d"], project: Any) -> Float[Array, " n"]:
     """Share of each row's length inside a subspace, ``‖P z_i‖ / max(‖z_i‖, 1e-6)``; 0 at 0.
 
     Args:
       z: rows ``[n, d]``.
-      project: ``P`` as a function on columns ``[d, n]``, such as a projector.
+      project: ``P``, a projector or any function ``[d, n] -> [d, n]`` of columns.
 
     Examples:
       >>> captured_fraction(jnp.array([[3.0, 4.0]]), lambda x: x.at[1].set(0)).round(6).tolist()

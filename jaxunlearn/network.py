@@ -20,10 +20,11 @@ from jaxtyping import Array, PRNGKeyArray
 
 from jaxunlearn.capture import ApplyFn
 from jaxunlearn.checkpoint import restore_variables
-from jaxunlearn.config import DataConfig, ModelConfig, RetrainConfig, TrainConfig, resolve_path
+from jaxunlearn.config import DataConfig, ModelConfig, RetrainConfig, TrainConfig
 from jaxunlearn.convolution import fast_convolutions
 from jaxunlearn.data import Source
 from jaxunlearn.models import WEIGHT_RULES, Rules, build, load_weights
+from jaxunlearn.paths import resolve_path
 from jaxunlearn.preprocessing import normalizer
 
 # How modules are told that they train, and what they are told.

@@ -1,5 +1,6 @@
 """Everything of a run that is checked and loaded before work starts."""
 
+import dataclasses
 import difflib
 import os
 from typing import Any, NamedTuple
@@ -10,11 +11,15 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from jaxunlearn.activations import with_features
+from jaxunlearn.backdoor import plant_backdoor
 from jaxunlearn.batches import Batches
-from jaxunlearn.config import RunConfig, TrainConfig, reference_data, resolve_path
+from jaxunlearn.capture import describe_layers
+from jaxunlearn.config import RunConfig, TrainConfig
 from jaxunlearn.data import Source, Splits, split
 from jaxunlearn.methods import METHODS, Method, UnlearningProblem
 from jaxunlearn.network import Network, build_network, given_variables
+from jaxunlearn.paths import reference_data, resolve_path
 from jaxunlearn.preprocessing import augmenter
 from jaxunlearn.sharding import run_mesh
 from jaxunlearn.sources import load_source
@@ -62,16 +67,7 @@ def prepare(config: RunConfig) -> Prepared:
     method_config: Any = typed(method.config, config.unlearn.options, where="unlearn")
     _check_files(config)
     mesh = run_mesh(config.devices)
-    source = load_source(
-        config.data.source, data_dir=_data_dir(config), split_seed=config.data.split_seed
-    )
-    splits = split(
-        source,
-        scope=config.data.scope,
-        forget=config.data.forget,
-        validation=config.data.validation,
-        seed=config.data.split_seed,
-    )
+    source, splits = _requested(config)
     _check_scope(method, config, splits)
     if getattr(method_config, "select_on", None) == "test" and not len(splits.forget_test):
         raise ValueError(
@@ -87,6 +83,7 @@ def prepare(config: RunConfig) -> Prepared:
     prepared = Prepared(
         config, source, splits, network, method, method_config, augment, given, mesh
     )
+    _check_features(prepared)
     _check_training(prepared)
     try:
         method.check(unlearning_problem(prepared, network.template), method_config)
@@ -103,7 +100,9 @@ def training_batches(prepared: Prepared, rows: np.ndarray) -> Batches:
 
 def unlearning_problem(prepared: Prepared, variables: Any) -> UnlearningProblem:
     """What a run hands to its method: the model with these variables, the data of the request."""
-    splits, selection = prepared.splits, None
+    splits, selection, held_out = prepared.splits, None, None
+    if len(rows := retained_validation(prepared)):
+        held_out = training_batches(prepared, rows)
     if getattr(prepared.method_config, "select_on", None) == "test":
         test, size = prepared.source.test, prepared.config.train.batch_size
         forget, retain = (
@@ -120,6 +119,7 @@ def unlearning_problem(prepared: Prepared, variables: Any) -> UnlearningProblem:
         forget_classes=splits.forget_classes,
         augment=prepared.augment,
         mesh=prepared.mesh,
+        held_out=held_out,
         selection=selection,
     )
 
@@ -169,6 +169,19 @@ def _data_dir(config: RunConfig) -> str | None:
     return str(root / "data" / "tfds") if (root / "data" / "tfds").is_dir() else None
 
 
+def _requested(config: RunConfig) -> tuple[Source, Splits]:
+    """The data, poisoned if the request is to remove a backdoor, and the request resolved."""
+    data = config.data
+    source = load_source(data.source, data_dir=_data_dir(config), split_seed=data.split_seed)
+    drawn: Any = {"validation": data.validation, "seed": data.split_seed}
+    if data.scope != "backdoor":
+        return source, split(source, scope=data.scope, forget=data.forget, **drawn)
+    assert isinstance(data.forget, float)  # DataConfig
+    if data.scale is not None:  # what is white, is said by the config
+        source = dataclasses.replace(source, scale=data.scale)
+    return plant_backdoor(source, data.trigger, share=data.forget, **drawn)
+
+
 def _check_files(config: RunConfig) -> None:
     """What is not there is missed before the data are read, which may take a while."""
     named = {
@@ -192,6 +205,29 @@ def _check_scope(method: Method, config: RunConfig, splits: Splits) -> None:
             f"method {method.name!r} does not support scope {scope!r}, only "
             f"{', '.join(sorted(method.scopes))}; this request has data.scope = "
             f"{config.data.scope!r} with {len(splits.forget_classes)} classes forgotten as a whole"
+        )
+
+
+def _check_features(prepared: Prepared) -> None:
+    """Read the features that the config names from shapes alone: what it gets wrong comes up now.
+
+    A model without layers that are known is judged by its outputs, unless a layer is asked for.
+    """
+    wanted, network = prepared.config.evaluate.representation, prepared.network
+    inputs = prepared.source.train.inputs[:1]
+    if not wanted.enabled:
+        return
+    try:
+        specs = describe_layers(network.apply_fn, network.template, inputs)
+        forward = with_features(network.apply_fn, specs, wanted.layer)
+        _, z = jax.eval_shape(lambda v, x: forward(v, x), network.template, inputs)
+    except ValueError as error:
+        if wanted.layer is None:
+            return
+        raise ValueError(f"evaluate.representation.layer = {wanted.layer!r}: {error}") from error
+    if wanted.rank is not None and wanted.rank > z.shape[1]:
+        raise ValueError(
+            f"evaluate.representation.rank = {wanted.rank}: the model has {z.shape[1]} features"
         )
 
 

@@ -182,9 +182,16 @@ def train_step(
       >>> metrics["count"].item(), round(metrics["loss"].item(), 4)
       (2.0, 1.3863)
     """
-    gradient = loss_gradient(
-        apply_fn, train=train, augment=augment, relabel=relabel, loss=loss, axis_name=axis_name
+    return gradient_step(
+        optimizer,
+        loss_gradient(
+            apply_fn, train=train, augment=augment, relabel=relabel, loss=loss, axis_name=axis_name
+        ),
     )
+
+
+def gradient_step(optimizer: optax.GradientTransformation, gradient: Gradient) -> Step:
+    """The step of :func:`train_step` from its gradient."""
 
     def step(consts: Mapping[str, Any], state: TrainState, x: Mapping[str, Array]) -> tuple:
         grads, metrics, updated = gradient(consts, state.variables, x)

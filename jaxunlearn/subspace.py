@@ -129,9 +129,13 @@ def leading_space(
 
 
 def top_eigenspace(
-    basis: Eigenbasis, *, energy: float | Float[Array, ""], rule: RankRule = "reach"
+    basis: Eigenbasis,
+    *,
+    energy: float | Float[Array, ""] | None = None,
+    rule: RankRule = "reach",
+    rank: int | None = None,
 ) -> SpectralProjector:
-    """Projector on the leading eigenvectors that hold a share of the trace.
+    """Projector on the leading eigenvectors that hold a share of the trace, or on so many of them.
 
     ``P = U diag(w) Uᵀ``, with ``w = 1`` on the shortest leading run of eigenvalues whose sum
     reaches ``energy · tr G``, else 0 (:func:`jaxunlearn.linalg.energy_mask` has the rules).
@@ -141,16 +145,26 @@ def top_eigenspace(
       basis: of a Gram.
       energy: share of the trace to keep, in (0, 1].
       rule: ``"reach"`` or ``"below"``.
+      rank: number of directions to keep instead.
 
     Returns:
       A projector with ``r = d`` stored directions; :func:`truncate` shortens it.
+
+    Raises:
+      ValueError: neither an energy nor a rank, or both.
 
     Examples:
       >>> P = top_eigenspace(eigenbasis(jnp.diag(jnp.array([1.0, 4.0]))), energy=0.8)
       >>> P.dense().tolist()
       [[0.0, 0.0], [0.0, 1.0]]
     """
-    weights = energy_mask(basis.eigenvalues, energy, rule=rule)
+    w = basis.eigenvalues
+    if energy is not None and rank is None:
+        weights = energy_mask(w, energy, rule=rule)
+    elif rank is not None and energy is None:
+        weights = jnp.broadcast_to(jnp.arange(w.shape[-1]) < rank, w.shape).astype(w.dtype)
+    else:
+        raise ValueError(f"energy = {energy} and rank = {rank}: write exactly one of them")
     return SpectralProjector(basis.eigenvectors, weights, jnp.zeros((), weights.dtype))
 
 

@@ -9,7 +9,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import jax
 import pytest
 
-from jaxunlearn.config import reference_data
+from jaxunlearn.paths import reference_data
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from jaxunlearn import describe_layers, load_source, split
-from jaxunlearn.assessment import _saliency, assess
+from jaxunlearn.assessment import assess
 from jaxunlearn.config import EvaluateConfig
 from jaxunlearn.evaluation.saliency import grad_cam
 from jaxunlearn.report import example_report, report_figures
+from jaxunlearn.saliency_assessment import saliency_arrays
 
 MODELS = ("original", "retrained", "unlearned")
 
@@ -65,7 +66,7 @@ def explained(digits, model, *, inputs=None, **request):
     }
     shapes = jax.eval_shape(model.init, jax.random.key(0), test.inputs[:2])
     variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    return _saliency(model.apply, {"original": variables}, rows, {"original": answers}, 0)
+    return saliency_arrays(model.apply, {"original": variables}, rows, {"original": answers}, 0)
 
 
 def test_maps_are_those_of_each_model_for_the_true_class(convolution):
@@ -99,7 +100,8 @@ def test_three_images_are_forgotten_and_three_retained_and_right_ones_come_first
 
 def test_the_report_draws_them(convolution):
     found, _ = convolution
-    figure = report_figures(example_report(10), found.arrays)["Saliency"]
+    drawn = {name: array for name, array in found.arrays.items() if name.startswith("saliency")}
+    figure = report_figures(example_report(10), drawn)["Saliency"]
     assert [axes.get_title() for axes in figure.axes[:4]] == ["image", *MODELS]
 
 

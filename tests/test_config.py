@@ -14,13 +14,12 @@ from jaxunlearn.config import (
     config_from_mapping,
     fingerprint,
     load_config,
-    reference_data,
-    resolve_path,
     to_mapping,
     typed,
 )
 from jaxunlearn.methods import METHODS
 from jaxunlearn.models import build
+from jaxunlearn.paths import reference_data, resolve_path
 
 FORGET = {"data": {"forget": 3}}
 

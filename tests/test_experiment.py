@@ -137,12 +137,12 @@ def test_a_run_leaves_its_whole_story_in_its_folder(toy, name):
 def test_the_report_has_every_number_of_the_schema(toy):
     report = report_of(toy)
     assert report["schema_version"] == 1
-    assert set(report["models"]) == set(MODELS)
+    assert set(report["models"]) == {*MODELS, "head_edit"}
     for model in report["models"].values():
         assert set(model["accuracy"]) == set(model["accuracy_macro"]) == set(SPLITS)
         assert all(0 <= model["accuracy"][split] <= 1 for split in SPLITS)
         assert 0 <= model["mia"] <= 1
-    assert set(report["gap_to_retrain"]) == {"original", "unlearned"}
+    assert set(report["gap_to_retrain"]) == {"original", "unlearned", "head_edit"}
     assert report["seconds"].keys() == {"train", "retrain", "unlearn", "evaluate"}
     assert all(seconds > 0 for seconds in report["seconds"].values())
     assert all(memory > 0 for memory in report["peak_memory_mb"].values())
@@ -329,7 +329,7 @@ def test_a_model_without_features_is_reported_without_their_picture(toy, tmp_pat
     shutil.copy(toy / "toy.npz", tmp_path)
     model, method = {"factory": f"{__name__}:ConvOnly"}, {"method": "keep"}
     report = run(toy_config(tmp_path, "retrain.enabled=false", model=model, unlearn=method))
-    assert "There is no embedding of the features: no dense layer" in report["notes"][-1]
+    assert "There are no features to judge: no dense layer" in report["notes"][-1]
 
 
 def test_training_that_is_killed_ends_with_the_same_bits_and_all_its_seconds(

@@ -51,6 +51,10 @@ def test_figures_stand_in_reading_order(report):
         "Confusion",
         "Saliency",
         "Embedding",
+        "Feature spectra",
+        "Principal angles",
+        "Alignment by kept directions",
+        "Alignment per layer",
         "Alpha heat map",
         "Forgetting curve",
         "Change per layer",
@@ -78,7 +82,7 @@ def test_what_the_method_does_not_say_is_not_drawn(report, info, key, value, fig
 def test_a_grid_of_another_kind_is_listed_only(report):
     report["method"]["info"] = {"grid": [{"rate": 0.1}, {"rate": 0.2}], "seconds": 3.5}
     assert "| rate |\n| :-- |\n| 0.1 |\n| 0.2 |" in render_markdown(report)
-    assert list(report_figures(report, {}))[2:] == ["Runtime"]
+    assert list(report_figures(report, {}))[3:] == ["Runtime"]
 
 
 def test_one_timed_stage_is_nothing_to_compare(report):

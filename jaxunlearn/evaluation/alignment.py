@@ -175,7 +175,7 @@ def _class_alignments(
     own = over_each(lambda c: _masked_gram(Z[c[0]], c[1]), (at, mask))
     counts = mask.sum(1)
     others = jnp.maximum(counts.sum() - counts, 1)
-    grams = (own.sum(0) - own) / others[:, None, None]
+    grams = (own.sum(0)[None] - own) / others[:, None, None]
 
     def one(each: tuple) -> Alignment:
         rows, kept, gram = each
@@ -209,8 +209,8 @@ def feature_spaces(
     (w_f, U_f), (w_r, U_r) = psd_eigh(forget_gram), psd_eigh(retain_gram)
     p, q = (int(_kept(w, energy, rank).sum()) for w in (w_f, w_r))
     angles = principal_angles(U_f[:, :p], U_r[:, :q]) if min(p, q) else jnp.zeros(0)
-    shares = (np.asarray(w / jnp.where(w.sum() > 0, w.sum(), 1)) for w in (w_r, w_f))
-    return FeatureSpaces(*shares, np.degrees(np.asarray(angles)))
+    retain, forget = (np.asarray(w / jnp.where(w.sum() > 0, w.sum(), 1)) for w in (w_r, w_f))
+    return FeatureSpaces(retain, forget, np.degrees(np.asarray(angles)))
 
 
 def feature_gram(

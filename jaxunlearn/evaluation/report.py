@@ -61,23 +61,53 @@ def predict(
       array([[2., 0.],
              [0., 2.]], dtype=float32)
     """
-    rows = []
+    return predict_all(apply_fn, variables, batches)[0]
+
+
+def predict_all(
+    forward: Callable[..., Array | tuple[Array, ...]],
+    variables: Any,
+    batches: Iterable[Mapping[str, Array | np.ndarray]],
+) -> tuple[np.ndarray, ...]:
+    """Several outputs of one pass, such as logits and features; see :func:`predict`.
+
+    Args:
+      forward: ``(variables, inputs) -> ([b, k], [b, d], ...)`` in inference mode, such as
+        :func:`jaxunlearn.activations.with_features` gives.
+      variables: an argument of the compiled function.
+      batches: dicts with ``inputs [b, ...]`` and ``mask [b]``, all of one shape.
+
+    Returns:
+      ``([n, k], [n, d], ...)``, float32, on the host.
+
+    Raises:
+      ValueError: if there are no batches, or an output is not ``[b, _]``.
+
+    Examples:
+      >>> batch = {"inputs": np.ones((2, 3), np.float32), "mask": np.array([True, False])}
+      >>> [out.shape for out in predict_all(lambda v, x: (x, 2 * x[:, :1]), {}, [batch])]
+      [(1, 3), (1, 1)]
+    """
+    parts = []
     for batch in batches:
         mask = np.asarray(batch["mask"])
-        logits = np.asarray(_forward(apply_fn, variables, batch["inputs"]), dtype=np.float32)
-        if logits.ndim != 2 or len(logits) != len(mask):
-            raise ValueError(
-                f"apply_fn gave {logits.shape} for a batch of {len(mask)}: wanted logits [b, k]."
-            )
-        rows.append(logits[mask])
-    if not rows:
+        computed = jax.tree.leaves(_forward(forward, variables, batch["inputs"]))
+        outputs = [np.asarray(output, np.float32) for output in computed]
+        for output in outputs:
+            if output.ndim != 2 or len(output) != len(mask):
+                raise ValueError(
+                    f"apply_fn gave {output.shape} for a batch of {len(mask)}: wanted logits "
+                    "[b, k]."
+                )
+        parts.append([output[mask] for output in outputs])
+    if not parts:
         raise ValueError("no batches to predict on: an empty split has logits np.zeros((0, k)).")
-    return np.concatenate(rows)
+    return tuple(np.concatenate(rows) for rows in zip(*parts, strict=True))
 
 
 @partial(jax.jit, static_argnums=0)
-def _forward(apply_fn: Callable[..., Array], variables: Any, inputs: Array | np.ndarray) -> Array:
-    return apply_fn(variables, inputs)
+def _forward(forward: Callable[..., Any], variables: Any, inputs: Array | np.ndarray) -> Any:
+    return forward(variables, inputs)
 
 
 def evaluate_model(

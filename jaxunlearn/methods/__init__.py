@@ -1,10 +1,17 @@
 """The methods, in one explicit table: what exists, what it needs, which scopes it supports."""
 
 from jaxunlearn.methods import deep_unlearning as _deep_unlearning
+from jaxunlearn.methods import dimensional_alignment as _dimensional_alignment
+from jaxunlearn.methods import finetune as _finetune
+from jaxunlearn.methods import random_labels as _random_labels
 from jaxunlearn.methods import unsc as _unsc
 from jaxunlearn.methods.base import Method, Unlearned, UnlearningProblem
 from jaxunlearn.methods.deep_unlearning import deep_unlearning
 from jaxunlearn.methods.deep_unlearning_config import DeepUnlearningConfig
+from jaxunlearn.methods.dimensional_alignment import dimensional_alignment
+from jaxunlearn.methods.dimensional_alignment_config import DimensionalAlignmentConfig
+from jaxunlearn.methods.finetune import FinetuneConfig, finetune
+from jaxunlearn.methods.random_labels import RandomLabelsConfig, random_labels
 from jaxunlearn.methods.unsc import unsc
 from jaxunlearn.methods.unsc_config import UNSCConfig
 
@@ -27,15 +34,46 @@ METHODS: dict[str, Method] = {
         summary="closed-form edit of the kernels, without gradients (arXiv:2312.00761)",
         check=_deep_unlearning.layers_to_edit,
     ),
+    "dimensional_alignment": Method(
+        name="dimensional_alignment",
+        run=dimensional_alignment,
+        config=DimensionalAlignmentConfig,
+        needs=_dimensional_alignment.NEEDS,
+        scopes=_dimensional_alignment.SCOPES,
+        summary="features of forget data into the span of retained ones (after arXiv:2407.17710)",
+        check=_dimensional_alignment.check_features,
+    ),
+    "finetune": Method(
+        name="finetune",
+        run=finetune,
+        config=FinetuneConfig,
+        needs=_finetune.NEEDS,
+        scopes=_finetune.SCOPES,
+        summary="baseline: further training on the retain data",
+    ),
+    "random_labels": Method(
+        name="random_labels",
+        run=random_labels,
+        config=RandomLabelsConfig,
+        needs=_random_labels.NEEDS,
+        scopes=_random_labels.SCOPES,
+        summary="baseline: forget data on random labels, then the retain data (arXiv:1911.04933)",
+    ),
 }
 
 __all__ = [
     "METHODS",
     "DeepUnlearningConfig",
+    "DimensionalAlignmentConfig",
+    "FinetuneConfig",
     "Method",
+    "RandomLabelsConfig",
     "UNSCConfig",
     "Unlearned",
     "UnlearningProblem",
     "deep_unlearning",
+    "dimensional_alignment",
+    "finetune",
+    "random_labels",
     "unsc",
 ]

@@ -41,6 +41,7 @@ class UnlearningProblem:
         for a set of samples, class Grams are of the retain data.
       mesh: devices over which a method splits its batches; None for one. Variables and data lie on
         one device all the same, and so does the result.
+      held_out: retained images that the model was not trained on, for methods that stop by them.
       selection: forget and retain data on which a method's settings are chosen in place of training
         data, where its config asks for that. Test data here make the result an upper bound.
     """
@@ -54,6 +55,7 @@ class UnlearningProblem:
     augment: Augment | None = None
     grams: Mapping[int | str, Mapping[str, GramState]] | None = None
     mesh: Mesh | None = None
+    held_out: Batches | None = None
     selection: tuple[Batches, Batches] | None = None
 
     @property

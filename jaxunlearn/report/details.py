@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxunlearn.report.tables import MISSING, MODELS, percent
+from jaxunlearn.report.features import FEATURE_MODELS, representations
+from jaxunlearn.report.tables import MISSING, MODELS, percent, points
 
 FACTS = ("name", "value")
 _LONGEST = 160
@@ -30,7 +31,7 @@ def details(report: Mapping[str, Any]) -> list[Section]:
     Examples:
       >>> from jaxunlearn.report.example import example_report
       >>> [section.title for section in details(example_report())][:3]
-      ['Method: unsc', 'Layers', 'Membership attack']
+      ['Method: unsc', 'Layers', 'Features per model']
     """
     counts = {name: n for name, n in report["problem"]["counts"].items() if n is not None}
     info = {k: v for k, v in report["method"]["info"].items() if v != []}
@@ -43,6 +44,8 @@ def details(report: Mapping[str, Any]) -> list[Section]:
         Section(f"Method: {report['method']['name']}", FACTS, _facts(info)),
         _row_section("Layers", [{"layer": path} | layer for path, layer in layers.items()]),
         *(_row_section(key.capitalize(), rows) for key, rows in listed.items()),
+        _feature_section(report),
+        Section("Feature settings", FACTS, _facts(report.get("representation") or {})),
         _attack_section(report["models"]),
         _cost_section(report["seconds"], report["peak_memory_mb"]),
         _pseudo_label_section(report["pseudo_labels"]),
@@ -93,6 +96,22 @@ def _row_section(title: str, lines: Sequence[Mapping[str, Any]]) -> Section:
     columns = tuple(dict.fromkeys(key for line in lines for key in line))
     rows = [tuple(printed(line.get(c)) for c in columns) for line in lines]
     return Section(title, columns, rows)
+
+
+def _feature_section(report: Mapping[str, Any]) -> Section:
+    """What the table on features leaves out; of several forgotten classes each one's alignment."""
+    said, names = representations(report), report["problem"]["class_names"]
+    lines: dict[str, dict[str, str]] = {}
+    for model, numbers in said.items():
+        lines.setdefault("kept directions", {})[model] = printed(numbers.get("rank"))
+        lines.setdefault("zero rows", {})[model] = printed(numbers.get("zero_rows"))
+        blind = points(numbers.get("da_blind_gap"))
+        lines.setdefault("DA minus held-out (points)", {})[model] = blind
+        each = numbers.get("da_per_class") or {}
+        for c, share in each.items() if len(each) > 1 else ():
+            lines.setdefault(f"DA of {names[int(c)]} ({c})", {})[model] = percent(share)
+    rows = [(key, *(line.get(n, MISSING) for n in FEATURE_MODELS)) for key, line in lines.items()]
+    return Section("Features per model", ("", *FEATURE_MODELS.values()), rows)
 
 
 def _attack_section(models: Mapping[str, Any]) -> Section:

@@ -4,13 +4,15 @@ Blue and vermillion are Okabe and Ito's; bars, marks, columns and forget classes
 as well as in hue, so the figures survive colour blindness and a grey printer.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Real
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 ORIGINAL = "#d5dbe3"
 UNLEARNED = "#0072b2"
@@ -18,7 +20,19 @@ RETRAINED = "#111827"
 FORGET = "#b34700"
 FORGET_BAND = "#fdeedd"
 GRID = "#e5e9ee"
+LINES: dict[str, dict[str, Any]] = {  # of models; the pale grey of columns is too light for a line
+    "original": {"color": "#8a94a3", "marker": "o", "markersize": 5, "linewidth": 2},
+    "retrained": {
+        "color": RETRAINED,
+        "marker": "s",
+        "markersize": 5,
+        "linestyle": "--",
+        "zorder": 3,
+    },
+    "unlearned": {"color": UNLEARNED, "marker": "D", "markersize": 5, "linewidth": 2},
+}
 WIDTH = 11.0  # inches: the page's column at 96 dots per inch
+_LONGEST_PATH = 40
 
 
 def sheet(height: float, panels: int = 1, *, share: bool = False) -> tuple[Figure, list[Axes]]:
@@ -193,3 +207,44 @@ def legend_above(axes: Axes, *order: str) -> None:
     axes.legend(
         handles=shown, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9
     )
+
+
+def label_layers(panels: Sequence[Axes], paths: Iterable[str]) -> None:
+    """Layer paths on the first panel, rows from top to bottom on all.
+
+    Args:
+      panels: axes side by side; layer ``i`` stands at height ``i``.
+      paths: one per layer; of a long one the end is kept, which says more than its beginning.
+
+    Examples:
+      >>> figure, panels = sheet(2.0, 2)
+      >>> label_layers(panels, ["Dense_0", "Dense_1"])
+      >>> [text.get_text() for text in panels[0].get_yticklabels()]
+      ['Dense_0', 'Dense_1']
+    """
+    names = [p if len(p) <= _LONGEST_PATH else "…" + p[1 - _LONGEST_PATH :] for p in paths]
+    for i, axes in enumerate(panels):
+        axes.set_yticks(range(len(names)), [""] * len(names) if i else names, parse_math=False)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
+
+
+def count_axis(axes: Axes, last: int) -> None:
+    """Makes the horizontal axis logarithmic, from 1 to ``last``, labelled 1, 2, 5, 10, ...
+
+    Args:
+      axes: the panel.
+      last: the largest count.
+
+    Examples:
+      >>> figure, (axes,) = sheet(2.0)
+      >>> count_axis(axes, 64)
+      >>> axes.get_xticks().tolist()
+      [1, 2, 5, 10, 20, 50]
+    """
+    axes.set_xscale("log")
+    steps = [step * 10**power for power in range(len(str(last))) for step in (1, 2, 5)]
+    axes.set_xticks([step for step in steps if step <= last])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlim(0.9, 1.1 * last)

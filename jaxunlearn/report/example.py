@@ -5,23 +5,34 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxunlearn.report.example_features import (
+    epochs,
+    feature_arrays,
+    feature_gaps,
+    feature_numbers,
+    feature_settings,
+)
+
 _SETTINGS: dict[str, dict[str, Any]] = {
     "unsc": {"energy": 0.97, "epochs": 5},
     "deep_unlearning": {"alpha_retain": [10, 100, 1000], "alpha_forget": [0.25, 3, 30]},
+    "dimensional_alignment": {"energy": 0.95, "epochs": 10},
 }
 _COUNTS = ("forget_train", "retain_train", "forget_test", "retain_test")
 
 
 def example_report(
-    num_classes: int = 3, *, retrained: bool = True, method: str = "unsc"
+    num_classes: int = 3, *, retrained: bool = True, method: str = "unsc", features: bool = True
 ) -> dict[str, Any]:
     """A report on a model that forgot class 1; rates, counts and confusion matrices agree.
 
     Args:
       num_classes: ``k``.
       retrained: whether there is a retrained reference.
-      method: ``"unsc"``, trained with pseudo-labels, or ``"deep_unlearning"``, a closed-form edit
-        whose two settings were searched.
+      method: ``"unsc"``, trained with pseudo-labels, ``"deep_unlearning"``, a closed-form edit
+        whose two settings were searched, or ``"dimensional_alignment"``, trained epoch by epoch.
+      features: whether features were judged, with the head edit as a control; older reports have
+        none of these fields.
 
     Returns:
       The report, plain values throughout.
@@ -35,7 +46,11 @@ def example_report(
     models: dict[str, Any] = {
         name: _model(num_classes, kept[name], seed) for seed, name in enumerate(kept)
     }
-    gaps = {name: _gap(models[name], models["retrained"]) for name in ("original", "unlearned")}
+    if features:
+        models["head_edit"] = _model(num_classes, 0.0, 0)
+        for name, model in models.items():
+            model["representation"] = feature_numbers(name, num_classes, retrained=retrained)
+    gaps = {n: _gap(m, models["retrained"]) for n, m in models.items() if n != "retrained"}
     if not retrained:
         models["retrained"] = None
     totals = models["original"]["counts"]
@@ -52,6 +67,7 @@ def example_report(
             "source": "made-up",
             "scope": "class",
             "forget": 1,
+            "trigger": None,
             "forget_classes": [1],
             "num_classes": num_classes,
             "class_names": [f"kind {c}" for c in range(num_classes)],
@@ -67,6 +83,7 @@ def example_report(
         "pseudo_labels": _pseudo_labels(num_classes, totals["forget_train"]["total"], retrained)
         if method == "unsc"
         else None,
+        **({"representation": feature_settings(retrained)} if features else {}),
         "method": {"name": method, "info": _info(method, num_classes)},
         "seconds": {"train": 7.25, "unlearn": 0.8125} | ({"retrain": 6.5} if retrained else {}),
         "peak_memory_mb": {"train": 412.0, "unlearn": 431.5},
@@ -75,7 +92,11 @@ def example_report(
 
 
 def example_arrays(
-    num_classes: int = 3, *, retrained: bool = True, images: bool = False
+    num_classes: int = 3,
+    *,
+    retrained: bool = True,
+    images: bool = False,
+    features: bool = True,
 ) -> dict[str, np.ndarray]:
     """Arrays to go with ``example_report``: one blob per class, the forgotten one scattered.
 
@@ -83,13 +104,16 @@ def example_arrays(
       num_classes: ``k``.
       retrained: whether there is a retrained reference.
       images: whether the data are images and the model has a convolution.
+      features: whether features were judged.
 
     Returns:
       ``embedding_*`` ``[n, 2]`` and ``embedding_labels`` ``[n]``; with images also
-      ``saliency_images`` ``[m, h, w, c]``, ``saliency_*`` ``[m, h, w]`` and ``[m]``.
+      ``saliency_images`` ``[m, h, w, c]``, ``saliency_*`` ``[m, h, w]`` and ``[m]``; with
+      features also ``spectrum_retain_*``, ``spectrum_forget_*``, ``alignment_by_rank_*`` ``[d]``
+      and ``angles_*`` ``[r]``.
 
     Examples:
-      >>> sorted(example_arrays(retrained=False))
+      >>> sorted(example_arrays(retrained=False, features=False))
       ['embedding_labels', 'embedding_original', 'embedding_unlearned']
       >>> example_arrays(images=True)["saliency_original"].shape
       (4, 16, 16)
@@ -103,7 +127,8 @@ def example_arrays(
     if not retrained:
         del arrays["retrained"]
     shown = {"embedding_labels": labels} | {f"embedding_{n}": a for n, a in arrays.items()}
-    return shown | (_saliency(num_classes, list(arrays)) if images else {})
+    shown |= _saliency(num_classes, list(arrays)) if images else {}
+    return shown | (feature_arrays(list(arrays), num_classes) if features else {})
 
 
 def _saliency(k: int, models: list[str]) -> dict[str, np.ndarray]:
@@ -178,6 +203,9 @@ def _info(method: str, k: int) -> dict[str, Any]:
             "Dense_1": {"d_in": 256, "rank": 21, "energy": 0.98, "leak": 0.0},
         }
         return {"lr": 0.02, "epochs": 5, "layers": layers}
+    if method == "dimensional_alignment":
+        costs = {"steps": 10 * k, "forget_passes": 10.0, "retain_passes": 10.0}
+        return {"epochs": epochs(k)} | costs
     grid = [_pair(alpha_r, alpha_f) for alpha_r in (10, 100, 1000) for alpha_f in (0.25, 3, 30)]
     best = max(grid, key=lambda row: row["score"])
     return {
@@ -214,6 +242,11 @@ def _pair(alpha_retain: float | int, alpha_forget: float | int) -> dict[str, Any
     }
 
 
-def _gap(model: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
+def _gap(model: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
     gap = {key: model["accuracy"][key] - reference["accuracy"][key] for key in _COUNTS}
-    return gap | {"mia": model["mia"] - reference["mia"]}
+    gap["mia"] = model["mia"] - reference["mia"]
+    if "representation" not in model:
+        return gap
+    return gap | {
+        "representation": feature_gaps(model["representation"], reference["representation"])
+    }

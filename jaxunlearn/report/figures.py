@@ -15,19 +15,18 @@ from matplotlib.ticker import MaxNLocator
 
 from jaxunlearn.report.drawing import (
     FORGET,
-    GRID,
     ORIGINAL,
     RETRAINED,
     UNLEARNED,
     check_names,
     class_bars,
+    label_layers,
     legend_above,
     sheet,
 )
 
 _PREDICTION = "prediction of the retrained model"
 _LEFT_EDGE = 1e-12
-_LONGEST_PATH = 40
 
 
 def class_accuracy_bars(
@@ -156,7 +155,7 @@ def subspace_bars(layers: Mapping[str, Mapping[str, Any]]) -> Figure:
             _beside(leaks, drawn, row, f"{layer['leak']:.1e}")
     ranks.set(xlabel="protected directions r / d (%)", xlim=(0, 119), xticks=range(0, 101, 20))
     leaks.set(xlabel="leak into the protected space", xscale="log", xlim=(_LEFT_EDGE, 10))
-    _label_layers((ranks, leaks), layers)
+    label_layers((ranks, leaks), layers)
     figure.set_label(
         "Protected subspace of each layer and the update's leak into it; "
         f"a leak below {_LEFT_EDGE:.0e} stands at the left edge."
@@ -188,25 +187,13 @@ def layer_change_bars(layers: Mapping[str, Mapping[str, Any]]) -> Figure:
             _beside(axes, share, row, f"{share:.3g} %")
         axes.set_xlim(0, 1.19 * max(drawn.values(), default=0) or 1)
         axes.set_xlabel(f"{key.replace('_', ' ')} (%)")
-    _label_layers(panels, layers)
+    label_layers(panels, layers)
     figure.set_label(
         "Each layer by itself, on the inputs that it had before: the squared norm of the change of "
         "its outputs on retain data (drift), and of its outputs on forget data (kept), as shares "
         "of the squared norm before. The two axes differ in scale."
     )
     return figure
-
-
-def _label_layers(panels: Sequence[Axes], layers: Mapping[str, Any]) -> None:
-    """Layer paths on the first panel, rows from top to bottom on all."""
-    rows = np.arange(len(layers))
-    for axes in panels:
-        axes.set_yticks(rows, [""] * len(layers))
-        axes.set_ylim(len(layers) - 0.5, -0.5)
-        axes.grid(axis="x", color=GRID, linewidth=0.8)
-    # The end of a path says more than its beginning.
-    names = [p if len(p) <= _LONGEST_PATH else "…" + p[1 - _LONGEST_PATH :] for p in layers]
-    panels[0].set_yticks(rows, names, parse_math=False)
 
 
 def _beside(axes: Axes, x: float, row: int, text: str) -> None:

@@ -1,16 +1,18 @@
 """Which figures a report gets: from the report's own numbers and the arrays stored beside it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
+from jaxunlearn.report.alignment import alignment_by_layer, alignment_by_rank, alignment_curve
 from jaxunlearn.report.confusion import confusion_pair
 from jaxunlearn.report.costs import runtime_bars
 from jaxunlearn.report.curves import forgetting_curve
 from jaxunlearn.report.embedding import embedding_panels
+from jaxunlearn.report.features import representations
 from jaxunlearn.report.figures import (
     class_accuracy_bars,
     layer_change_bars,
@@ -19,6 +21,7 @@ from jaxunlearn.report.figures import (
 )
 from jaxunlearn.report.grids import MEASURES, alpha_heat_map
 from jaxunlearn.report.saliency import saliency_panels
+from jaxunlearn.report.spectra import angle_lines, spectrum_panels
 from jaxunlearn.report.tables import MODELS
 from jaxunlearn.report.wording import selected_on
 
@@ -35,7 +38,9 @@ def report_figures(
         ``[n]`` marks the forget examples and may be left out where whole classes are forgotten.
         In the same way ``saliency_{model}`` ``[m, h, w]`` and ``saliency_predicted_{model}``
         ``[m]`` with ``saliency_images`` ``[m, h, w, c]``, ``saliency_labels`` and
-        ``saliency_forget`` ``[m]``. Empty: neither figure.
+        ``saliency_forget`` ``[m]``. Of the features ``spectrum_retain_{model}``,
+        ``spectrum_forget_{model}``, ``alignment_by_rank_{model}`` ``[d]`` and ``angles_{model}``
+        ``[r]``. Empty: none of these figures.
 
     Returns:
       Heading to figure, in reading order.
@@ -43,8 +48,9 @@ def report_figures(
     Examples:
       >>> from jaxunlearn.report.example import example_report
       >>> list(report_figures(example_report(), {}))
-      ['Accuracy per class', 'Confusion', 'Pseudo-labels', 'Protected subspaces', 'Runtime']
-      >>> list(report_figures(example_report(method="deep_unlearning"), {}))[2:]
+      ['Accuracy per class', 'Confusion', 'Alignment per layer', 'Pseudo-labels', \
+'Protected subspaces', 'Runtime']
+      >>> list(report_figures(example_report(method="deep_unlearning"), {}))[3:]
       ['Alpha heat map', 'Forgetting curve', 'Change per layer', 'Runtime']
     """
     models, problem = report["models"], report["problem"]
@@ -63,9 +69,30 @@ def report_figures(
         figures["Saliency"] = _saliency(arrays, problem)
     if "embedding_labels" in arrays:
         figures["Embedding"] = _embedding(arrays, problem)
+    figures |= _feature_figures(report, arrays)
     if report["pseudo_labels"] is not None:
         figures["Pseudo-labels"] = _pseudo_labels(report["pseudo_labels"], classes)
     return figures | _method_figures(report)
+
+
+def _feature_figures(
+    report: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> dict[str, Figure]:
+    """Features of retain and of forget data against each other, under each model."""
+    said = representations(report)
+    ranks = {name: v["rank"] for name, v in said.items() if v.get("rank") is not None}
+    layers = {n: said[n]["layers"] for n in MODELS if n in said and said[n].get("layers")}
+    figures = {}
+    if retain := _by_model(arrays, "spectrum_retain"):
+        forget = _by_model(arrays, "spectrum_forget")
+        figures["Feature spectra"] = spectrum_panels(retain, forget, ranks=ranks)
+    if angles := _by_model(arrays, "angles"):
+        figures["Principal angles"] = angle_lines(angles)
+    if by_rank := _by_model(arrays, "alignment_by_rank"):
+        figures["Alignment by kept directions"] = alignment_by_rank(by_rank, ranks=ranks)
+    if layers:
+        figures["Alignment per layer"] = alignment_by_layer(layers)
+    return figures
 
 
 def _method_figures(report: Mapping[str, Any]) -> dict[str, Figure]:
@@ -73,7 +100,11 @@ def _method_figures(report: Mapping[str, Any]) -> dict[str, Figure]:
     info, seconds, data = report["method"]["info"], report["seconds"], selected_on(report)
     grid, curve = info.get("grid") or [], info.get("curve") or []
     layers, parts = info.get("layers") or {}, info.get("seconds")
+    epochs = info.get("epochs")
     figures = {}
+    listed = isinstance(epochs, list) and len(epochs) > 1
+    if listed and _all_have(epochs, "epoch", "alignment", "forget_accuracy"):
+        figures["Alignment along unlearning"] = _alignment_curve(report, epochs)
     if len(grid) > 1 and _all_have(grid, "alpha_retain", "alpha_forget", *MEASURES):
         chosen = {key: info.get(key) for key in ("alpha_retain", "alpha_forget")}
         figures["Alpha heat map"] = alpha_heat_map(grid, **chosen, data=data)
@@ -91,9 +122,16 @@ def _method_figures(report: Mapping[str, Any]) -> dict[str, Figure]:
     return figures
 
 
-def _all_have(lines: Iterable[Mapping[str, Any]], *keys: str) -> bool:
+def _alignment_curve(report: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> Figure:
+    target = report["models"]["retrained"]
+    accuracy = None if target is None else target["accuracy"]["forget_train"]
+    alignment = representations(report).get("retrained", {}).get("da")
+    return alignment_curve(epochs, target=alignment, target_accuracy=accuracy)
+
+
+def _all_have(lines: Iterable[Any], *keys: str) -> bool:
     """Whether every line holds the keys: ``info`` is the method's own and may mean other things."""
-    return all(line.keys() >= set(keys) for line in lines)
+    return all(isinstance(line, Mapping) and line.keys() >= set(keys) for line in lines)
 
 
 def _per_class(model: Mapping[str, Any]) -> Float[np.ndarray, " k"]:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from jaxunlearn.report import wording
 from jaxunlearn.report.details import FACTS, details
+from jaxunlearn.report.features import FEATURES_HEADER, feature_rows, features_reading
 from jaxunlearn.report.tables import HEADER, summary_rows
 
 
@@ -42,7 +43,10 @@ def render_html(report: Mapping[str, Any], figures: Mapping[str, Figure]) -> str
         findings=wording.findings(report),
         header=HEADER,
         rows=summary_rows(report),
-        reading=wording.READING,
+        reading=wording.reading(report["problem"]),
+        features_header=FEATURES_HEADER,
+        feature_rows=feature_rows(report),
+        features_reading=features_reading(report),
         notes=report["notes"],
         figures=[(name, image_uri(f), f.get_label()) for name, f in figures.items()],
         sections=details(report),

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxunlearn.report.details import FACTS, details
+from jaxunlearn.report.features import FEATURES_HEADER, feature_rows, features_reading
 from jaxunlearn.report.tables import HEADER, summary_rows
-from jaxunlearn.report.wording import LIMITS, READING, findings, forgotten, title
+from jaxunlearn.report.wording import LIMITS, findings, forgotten, reading, title
 
 
 def render_markdown(report: Mapping[str, Any]) -> str:
@@ -28,8 +29,12 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         f"Asked to forget {_escape(forgotten(report['problem']))}.",
         _bullets(findings(report)),
         _table(HEADER, summary_rows(report)),
-        READING,
+        reading(report["problem"]),
     ]
+    if rows := feature_rows(report):
+        blocks += ["## Features", _table(FEATURES_HEADER, rows)]
+    if told := features_reading(report):
+        blocks.append(told)
     if report["notes"]:
         blocks += ["## Notes", _bullets(report["notes"])]
     for section in details(report):

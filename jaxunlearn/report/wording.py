@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jaxunlearn.report.feature_findings import feature_findings
 from jaxunlearn.report.tables import MODELS, SPLITS, percent, points, rate
 
 READING = (
@@ -10,12 +11,24 @@ READING = (
     "MIA efficacy is the share of the forget data that a membership attack calls never seen. The "
     "gap is unlearned minus retrained: the target of every row is the retrained model's value."
 )
+_BACKDOOR = (
+    "Forget test is the attack success: the share of triggered test images that get the attacker's "
+    "class. Retain test is the clean accuracy."
+)
+_SHOWN = {
+    "forget_train": "Accuracy on forget train",
+    "retain_test": "Accuracy on retain test",
+}
+_SHOWN_OF_BACKDOOR = {
+    "forget_test": "Attack success (forget test: test images with the trigger)",
+    "retain_test": "Clean accuracy (retain test)",
+}
 LIMITS = (
     "What this page does not show: it judges by the models' outputs on the examples counted above, "
-    "not by their weights; it looks at one model per column, not at the spread between seeds; at "
-    "the attack named here, not at a stronger one. The target of every number is the retrained "
-    "model's value, from above and from below: less accuracy on forgotten data is not better. "
-    "This is not a certificate, and no (ε, δ) guarantee."
+    "and by features where a table lists them, not by their weights; it looks at one model per "
+    "column, not at the spread between seeds; at the attack named here, not at a stronger one. The "
+    "target of every number is the retrained model's value, from above and from below: less "
+    "accuracy on forgotten data is not better. This is not a certificate, and no (ε, δ) guarantee."
 )
 
 
@@ -40,15 +53,36 @@ def forgotten(problem: Mapping[str, Any]) -> str:
       'class kind 1 (1): 120 of 360 training examples'
       >>> forgotten(problem | {"scope": "random"})
       '120 of 360 training examples (scope: random)'
+      >>> forgotten(problem | {"scope": "backdoor"})
+      'a backdoor: 120 of 360 training examples carry the trigger'
     """
     counts = problem["counts"]
     examples = f"{counts['forget_train']:,} of {counts['train']:,} training examples"
+    if problem["scope"] == "backdoor":
+        trigger = problem.get("trigger")
+        goal = f" to class {_named(problem, trigger['target'])}" if trigger else ""
+        return f"a backdoor{goal}: {examples} carry the trigger"
     if problem["scope"] not in ("class", "classes"):
         return f"{examples} (scope: {problem['scope']})"
     classes = problem["forget_classes"]
-    names = {c: problem["class_names"][c] for c in classes}
-    listed = ", ".join(n if n == str(c) else f"{n} ({c})" for c, n in names.items())
+    listed = ", ".join(_named(problem, c) for c in classes)
     return f"{'class' if len(classes) == 1 else 'classes'} {listed}: {examples}"
+
+
+def _named(problem: Mapping[str, Any], c: int) -> str:
+    """The class by name and, where the name is another, index."""
+    name = problem["class_names"][c]
+    return name if name == str(c) else f"{name} ({c})"
+
+
+def reading(problem: Mapping[str, Any]) -> str:
+    """How to read the main table.
+
+    Examples:
+      >>> reading({"scope": "backdoor"}).removeprefix(READING).strip().split(":")[0]
+      'Forget test is the attack success'
+    """
+    return f"{READING} {_BACKDOOR}" if problem["scope"] == "backdoor" else READING
 
 
 def selected_on(report: Mapping[str, Any]) -> str:
@@ -70,24 +104,26 @@ def findings(report: Mapping[str, Any]) -> list[str]:
       report: the content of ``report.json``.
 
     Returns:
-      Sentences on forget training data, retain test data, distance to retraining, sampling and,
-      if the method searched its settings, on the search.
+      Sentences on forget training data (of a backdoor: on its success), retain test data, distance
+      to retraining, features, sampling and, if the method searched its settings, on the search.
 
     Examples:
       >>> from jaxunlearn.report.example import example_report
-      >>> print(findings(example_report())[-1])
+      >>> print(findings(example_report())[2])
       Largest gap to the retrained model: +3.3 points, on forget train (before unlearning +95.0).
     """
     models = report["models"]
     sentences = []
-    for split in ("forget_train", "retain_test"):
+    shown = _SHOWN_OF_BACKDOOR if report["problem"]["scope"] == "backdoor" else _SHOWN
+    for split, subject in shown.items():
         shares = [
             f"{name} {rate(models[name], split)}"
             for name in reversed(MODELS)
             if models[name] is not None
         ]
-        sentences.append(f"Accuracy on {SPLITS[split]}: {', '.join(shares)}.")
-    sentences.append(_distance(report["gap_to_retrain"]))
+        sentences.append(f"{subject}: {', '.join(shares)}.")
+    sentences.append(_distance(report["gap_to_retrain"], report["problem"]["scope"]))
+    sentences += feature_findings(report)
     counts = report["problem"]["counts"]
     if counts["retain_sample"] is not None:
         sentences.append(
@@ -110,17 +146,20 @@ def _search(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _distance(gaps: Mapping[str, Any] | None) -> str:
+def _distance(gaps: Mapping[str, Any] | None, scope: str) -> str:
     if gaps is None:
         return (
             "No retrained reference: these numbers say what changed, not how close the result is "
             "to a model that never saw the forgotten data."
         )
-    ours = {key: gap for key, gap in gaps["unlearned"].items() if gap is not None}
+    known = {key: gaps["unlearned"].get(key) for key in (*SPLITS, "mia")}
+    ours = {key: gap for key, gap in known.items() if gap is not None}
     if not ours:
         return "No gap to the retrained model is defined."
     key = max(ours, key=lambda k: abs(ours[k]))
     name = SPLITS.get(key, "MIA efficacy")
+    if scope == "backdoor" and key == "forget_test":
+        name = "attack success (forget test)"
     return (
         f"Largest gap to the retrained model: {points(ours[key])} points, on {name} "
         f"(before unlearning {points(gaps['original'][key])})."

@@ -1,0 +1,158 @@
+"""Steps on two data sets: a forget phase and a recover phase, one after the other or together.
+
+``consts`` and ``x`` of a step on both are ``{"forget": ..., "retain": ...}``, each as for a step on
+one; their metrics are the mean losses of each step.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Array, PRNGKeyArray
+
+from jaxunlearn.batches import Batches
+from jaxunlearn.epochs import epoch_inputs
+from jaxunlearn.methods.base import UnlearningProblem, all_finite
+from jaxunlearn.steps import Gradient, Step, TrainState, apply_gradient, gradient_step
+from jaxunlearn.training import sgd
+
+BatchNorm = Literal["train", "eval"]
+_STEPS = 2**31  # epoch orders fold in the epoch
+
+
+def interleaved_step(
+    optimizer: optax.GradientTransformation, forget: Gradient, retain: Gradient
+) -> Step:
+    """A forget step, then a recover step."""
+    first, second = gradient_step(optimizer, forget), gradient_step(optimizer, retain)
+
+    def step(consts: Mapping[str, Any], state: TrainState, x: Mapping[str, Any]) -> tuple:
+        state, forgot = first(consts["forget"], state, x["forget"])
+        state, kept = second(consts["retain"], state, x["retain"])
+        return state, _means(forgot, kept)
+
+    return step
+
+
+def joint_step(optimizer: optax.GradientTransformation, forget: Gradient, retain: Gradient) -> Step:
+    """One step on the sum of both mean losses, each of its own forward pass."""
+
+    def step(consts: Mapping[str, Any], state: TrainState, x: Mapping[str, Any]) -> tuple:
+        down, forgot, updated = forget(consts["forget"], state.variables, x["forget"])
+        variables = {**state.variables, **updated}
+        up, kept, updated = retain(consts["retain"], variables, x["retain"])
+        grads = jax.tree.map(lambda a, b: a + b, down, up)
+        state = apply_gradient(optimizer, TrainState(variables, state.opt_state), grads, updated)
+        return state, _means(forgot, kept)
+
+    return step
+
+
+def _means(forgot: Mapping[str, Array], kept: Mapping[str, Array]) -> dict[str, Any]:
+    losses = {
+        "loss_forget": forgot["loss"] / forgot["count"],
+        "loss_retain": kept["loss"] / kept["count"],
+    }
+    return losses | {"count": np.float32(1)}
+
+
+def phase_consts(key: PRNGKeyArray, batches: Batches) -> dict[str, Any]:
+    """What every step of a phase reads: its data, and the key of augmentation and dropout."""
+    return {
+        "inputs": batches.inputs,
+        "labels": batches.labels,
+        "key": jax.random.fold_in(key, _STEPS),
+    }
+
+
+def retained(
+    key: PRNGKeyArray, problem: UnlearningProblem, fraction: float, batch_size: int
+) -> Batches:
+    """The share of the retain data that a method uses, drawn once, in its batches.
+
+    Raises:
+      ValueError: the problem has no retain data.
+    """
+    if problem.retain is None:
+        raise ValueError("the method trains on retain data: pass retain=Batches(...)")
+    count = max(1, round(fraction * problem.retain.num_examples))
+    return problem.retain.sample(key, count).with_batch_size(batch_size)
+
+
+class Descent(NamedTuple):
+    """A step and its optimiser, whose state runs through all phases."""
+
+    optimizer: optax.GradientTransformation
+    step: Step
+
+
+def descent_of(config: Any, gradient: Gradient) -> Descent:
+    """SGD by a config's ``learning_rate``, ``momentum`` and ``weight_decay``."""
+    optimizer = sgd(
+        learning_rate=config.learning_rate,
+        steps_per_epoch=1,
+        epochs=1,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+    return Descent(optimizer, gradient_step(optimizer, gradient))
+
+
+def check_descent(config: Any) -> None:
+    """Refuse settings of gradient descent, those that a config has, outside their ranges.
+
+    Raises:
+      ValueError: naming the setting, what came and what was wanted.
+    """
+    wanted = {
+        "at least 1": (
+            ("epochs", "batch_size", "forget_batch_size", "retain_batch_size"),
+            lambda x: x >= 1,
+        ),
+        "at least 0": (("learning_rate", "weight_decay"), lambda x: x >= 0),
+        "a number in [0, 1)": (("momentum",), lambda x: 0 <= x < 1),
+        "a share in (0, 1]": (("retain_fraction",), lambda x: 0 < x <= 1),
+        "'train' or 'eval'": (("batch_norm",), lambda x: x in get_args(BatchNorm)),
+    }
+    for what, (names, holds) in wanted.items():
+        for name in names:
+            if hasattr(config, name) and not holds(getattr(config, name)):
+                raise ValueError(f"{name} = {getattr(config, name)!r}: wanted {what}")
+
+
+def check_losses(method: str, epoch: int, state: TrainState, **losses: float) -> None:
+    """Stop a run that diverged.
+
+    Raises:
+      FloatingPointError: a loss of the epoch, or a weight after it, is not finite.
+    """
+    if not np.isfinite(list(losses.values())).all() or not all_finite(state.variables):
+        raise FloatingPointError(
+            f"{method}: losses {losses} in epoch {epoch + 1}, or a weight after it, are not "
+            "finite: lower learning_rate"
+        )
+
+
+def recycled_inputs(
+    key: PRNGKeyArray, n: int, batch_size: int, epoch: int, steps: int
+) -> dict[str, np.ndarray]:
+    """Inputs of ``steps`` steps (:func:`jaxunlearn.epochs.epoch_inputs`), whatever ``n`` is.
+
+    Data that are used up are reshuffled, and go on over epochs where they stopped.
+
+    Examples:
+      >>> xs = recycled_inputs(jax.random.key(0), n=3, batch_size=2, epoch=1, steps=3)
+      >>> xs["step"].tolist(), xs["mask"].sum(1).tolist()
+      ([3, 4, 5], [1, 2, 1])
+    """
+    per_pass = -(-n // batch_size)
+    first, last = epoch * steps, (epoch + 1) * steps
+    passes = range(first // per_pass, -(-last // per_pass))
+    stream = [epoch_inputs(key, n, batch_size, p) for p in passes]
+    start = first - passes.start * per_pass
+    return {
+        name: np.concatenate([xs[name] for xs in stream])[start : start + steps]
+        for name in stream[0]
+    }

@@ -1,0 +1,154 @@
+"""The last stage of a run: its models are judged, and its report is written."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxunlearn.assessment import assess, retain_sample
+from jaxunlearn.config import RunConfig, to_mapping
+from jaxunlearn.data import Source, Splits
+from jaxunlearn.evaluation.report import json_value
+from jaxunlearn.preparation import Prepared, has_reference
+from jaxunlearn.report import write_report
+from jaxunlearn.stages import RunFolder, measured
+
+SCHEMA_VERSION = 1
+
+
+def evaluated(
+    prepared: Prepared,
+    folder: RunFolder,
+    models: dict[str, Any],
+    references: list[Any],
+    records: dict[str, dict],
+) -> dict[str, Any]:
+    """Evaluate the models of a run and write its report.
+
+    Args:
+      prepared: the run.
+      folder: where the report goes.
+      models: original, retrained (or None) and unlearned variables.
+      references: variables of further retrained models.
+      records: of the stages.
+
+    Returns:
+      The content of ``report.json``.
+    """
+    config, source, splits = prepared.config, prepared.source, prepared.splits
+    info = dict(records["unlearn"]["info"])
+    pseudo = info.pop("pseudo_labels", None)
+    said = info.pop("notes", [])
+    with measured() as cost:
+        result = assess(
+            prepared.network.apply_fn,
+            {name: models[name] for name in ("original", "retrained", "unlearned")},
+            source,
+            splits,
+            config.evaluate,
+            pseudo=None if pseudo is None else np.asarray(pseudo),
+            seed=config.seed,
+            references=references,
+            mesh=prepared.mesh,
+        )
+    environment = folder.environment
+    notes = _notes(prepared, records, environment) + said + result.notes
+    records = records | {"evaluate": cost()._asdict()}
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "config": to_mapping(config),
+        "environment": environment,
+        "problem": _problem(source, splits, config),
+        "models": result.models,
+        "gap_to_retrain": result.gaps,
+        "representation": result.representation,
+        "pseudo_labels": result.pseudo_labels,
+        "method": {
+            "name": prepared.method.name,
+            "config": dataclasses.asdict(prepared.method_config),
+            "info": info,
+        },
+        "training": {
+            name: records[stage].get("history") or {"given": records[stage].get("given")}
+            for stage, name in (("train", "original"), ("retrain", "retrained"))
+            if stage in records
+        },
+        # Nobody here knows how long it took to train a model that was given.
+        "seconds": {s: None if "given" in r else r["seconds"] for s, r in records.items()},
+        "peak_memory_mb": {stage: record["peak_memory_mb"] for stage, record in records.items()},
+        "notes": notes,
+    }
+    report = json_value(report)
+    write_report(folder.path, report, result.arrays)
+    return report
+
+
+def _problem(source: Source, splits: Splits, config: RunConfig) -> dict[str, Any]:
+    return {
+        "source": source.name,
+        "scope": config.data.scope,
+        "forget": config.data.forget,
+        "trigger": dataclasses.asdict(config.data.trigger) if splits.scope == "backdoor" else None,
+        "forget_classes": splits.forget_classes,
+        "num_classes": source.num_classes,
+        "class_names": source.class_names,
+        "counts": {
+            "train": len(splits.train),
+            "validation": len(splits.validation),
+            "forget_train": len(splits.forget),
+            "retain_train": len(splits.retain),
+            "forget_test": len(splits.forget_test),
+            "retain_test": len(splits.retain_test),
+            "retain_sample": _sample_size(splits, config),
+        },
+    }
+
+
+def _sample_size(splits: Splits, config: RunConfig) -> int | None:
+    """Number of retain examples that are measured, or None for all."""
+    size = len(retain_sample(splits, config.evaluate, config.seed))
+    return size if size < len(splits.retain) else None
+
+
+def _notes(
+    prepared: Prepared, records: Mapping[str, Any], environment: Mapping[str, Any]
+) -> list[str]:
+    config, retain, given = prepared.config, prepared.splits.retain, prepared.given
+    notes = []
+    if not has_reference(config):
+        notes.append(
+            "No retrained model: retraining was switched off (retrain.enabled = false), so gaps to "
+            "it are undefined and nothing here says what a model without the data would do."
+        )
+    if prepared.splits.scope == "backdoor":
+        notes.append(
+            "The forget data are training images with a trigger, labelled with its target. The "
+            "forget test data are copies with the trigger of all test images of other classes: "
+            "accuracy on them is the success of the attack. The retain test data are the clean "
+            "test images. Numbers per class and confusion of the test data count both."
+        )
+    if (sampled := _sample_size(prepared.splits, config)) is not None:
+        notes.append(
+            f"Retain accuracy on the train set is that of a fixed random sample of {sampled:,} of "
+            f"{len(retain):,} images."
+        )
+    if has_reference(config) and (given["original"] is None) != (given["retrained"] is None):
+        ours, theirs = "original", "retrained"
+        if given["original"] is not None:
+            ours, theirs = theirs, ours
+        notes.append(
+            f"The {theirs} model was given, the {ours} model was trained here: the two may differ "
+            "by recipe as well as by data."
+        )
+    differences = {
+        stage: [key for key in environment if environment[key] != record["environment"].get(key)]
+        for stage, record in records.items()
+    }
+    if elsewhere := [stage for stage, keys in differences.items() if keys]:
+        keys = sorted(set().union(*differences.values()))
+        notes.append(
+            f"Done earlier in another environment than this report's: {', '.join(elsewhere)} "
+            f"(different: {', '.join(keys)}; see stages/)."
+        )
+    return notes
