@@ -28,10 +28,14 @@ if TYPE_CHECKING:
     from jaxunlearn.data import Source as Source
     from jaxunlearn.data import Splits as Splits
     from jaxunlearn.data import split as split
+    from jaxunlearn.edits import silence_classes as silence_classes
     from jaxunlearn.edits import suppress_subspace as suppress_subspace
     from jaxunlearn.epochs import epoch_inputs as epoch_inputs
     from jaxunlearn.epochs import run_epoch as run_epoch
+    from jaxunlearn.evaluation.clustering import k_means as k_means
+    from jaxunlearn.evaluation.feature_metrics import feature_metrics as feature_metrics
     from jaxunlearn.evaluation.membership import svc_confidence_optml as svc_confidence_optml
+    from jaxunlearn.evaluation.probe import linear_probe as linear_probe
     from jaxunlearn.evaluation.report import evaluate_model as evaluate_model
     from jaxunlearn.evaluation.report import gap_to_retrain as gap_to_retrain
     from jaxunlearn.evaluation.report import predict as predict
@@ -46,10 +50,14 @@ if TYPE_CHECKING:
     from jaxunlearn.methods import METHODS as METHODS
     from jaxunlearn.methods import DeepUnlearningConfig as DeepUnlearningConfig
     from jaxunlearn.methods import DimensionalAlignmentConfig as DimensionalAlignmentConfig
+    from jaxunlearn.methods import FinetuneConfig as FinetuneConfig
+    from jaxunlearn.methods import RandomLabelsConfig as RandomLabelsConfig
     from jaxunlearn.methods import Unlearned as Unlearned
     from jaxunlearn.methods import UnlearningProblem as UnlearningProblem
     from jaxunlearn.methods import UNSCConfig as UNSCConfig
     from jaxunlearn.methods import deep_unlearning as deep_unlearning
+    from jaxunlearn.methods import finetune as finetune
+    from jaxunlearn.methods import random_labels as random_labels
     from jaxunlearn.methods import unsc as unsc
     from jaxunlearn.network import with_preprocessing as with_preprocessing
     from jaxunlearn.nnx_models import nnx_model as nnx_model
@@ -95,10 +103,12 @@ _HOME = {
     "DimensionalAlignmentConfig": "methods",
     "DualProjector": "projectors",
     "Eigenbasis": "subspace",
+    "FinetuneConfig": "methods",
     "GramState": "gram",
     "LayerSpec": "layers",
     "METHODS": "methods",
     "Projector": "projectors",
+    "RandomLabelsConfig": "methods",
     "RunConfig": "config",
     "Source": "data",
     "SpectralProjector": "projectors",
@@ -125,15 +135,19 @@ _HOME = {
     "epoch_inputs": "epochs",
     "evaluate_model": "evaluation.report",
     "fast_convolutions": "convolution",
+    "feature_metrics": "evaluation.feature_metrics",
     "features": "activations",
+    "finetune": "methods",
     "fit": "training",
     "from_arrays": "sources",
     "gap_to_retrain": "evaluation.report",
     "importance": "soft_projectors",
     "importance_solve": "soft_projectors",
     "importance_solve_rows": "soft_projectors",
+    "k_means": "evaluation.clustering",
     "layer_inputs": "capture",
     "leading_space": "subspace",
+    "linear_probe": "evaluation.probe",
     "load_config": "config",
     "load_source": "sources",
     "mask_updates": "transforms",
@@ -146,6 +160,7 @@ _HOME = {
     "project_gradients": "transforms",
     "project_updates": "transforms",
     "psd_eigh": "linalg",
+    "random_labels": "methods",
     "randomized_eigh": "randomized",
     "replicate": "sharding",
     "restore_variables": "checkpoint",
@@ -154,6 +169,7 @@ _HOME = {
     "save_variables": "checkpoint",
     "sgd": "training",
     "shard_batch": "sharding",
+    "silence_classes": "edits",
     "split": "data",
     "start_processes": "sharding",
     "suppress_subspace": "edits",

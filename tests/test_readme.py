@@ -25,7 +25,14 @@ from typer.testing import CliRunner
 from jaxunlearn.cli import app
 from jaxunlearn.config import RunConfig, config_from_mapping, fingerprint, to_mapping
 from jaxunlearn.evaluation.membership import SVCAttack
-from jaxunlearn.methods import METHODS, DeepUnlearningConfig, UNSCConfig
+from jaxunlearn.methods import (
+    METHODS,
+    DeepUnlearningConfig,
+    DimensionalAlignmentConfig,
+    FinetuneConfig,
+    RandomLabelsConfig,
+    UNSCConfig,
+)
 from jaxunlearn.models import MODELS
 from jaxunlearn.preparation import prepare
 from jaxunlearn.report import example_arrays
@@ -250,8 +257,11 @@ def _written(value):
         ("configuration.md", RunConfig),
         ("unsc.md", UNSCConfig),
         ("deep-unlearning.md", DeepUnlearningConfig),
+        ("dimensional-alignment.md", DimensionalAlignmentConfig),
+        ("baselines.md", FinetuneConfig),
+        ("baselines.md", RandomLabelsConfig),
     ],
-    ids=["configuration", "unsc", "deep_unlearning"],
+    ids=["configuration", *METHODS],
 )
 def test_every_setting_is_documented_with_its_default(page, config):
     rows = _rows(ROOT / "docs" / page)

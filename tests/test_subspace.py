@@ -262,3 +262,13 @@ def test_many_alphas_share_one_compilation_and_may_be_vmapped(kind, gram, x):
     together = jax.vmap(lambda alpha: SOFT[kind](gram, alpha)(x))(alphas)
     np.testing.assert_allclose(together, one_by_one, atol=100 * ROUNDING)  # condition number α
     np.testing.assert_allclose(one_by_one[1], SOFT[kind](gram, 10.0)(x), atol=10 * ROUNDING)
+
+
+def test_a_top_eigenspace_of_a_rank_is_that_of_the_energy_of_as_many_eigenvalues():
+    basis = eigenbasis(jnp.diag(jnp.array([5.0, 3.0, 1.0, 0.5])))
+    by_rank, by_energy = top_eigenspace(basis, rank=2), top_eigenspace(basis, energy=0.8)
+    np.testing.assert_array_equal(by_rank.weights, by_energy.weights)
+    assert int(by_rank.rank()) == 2
+    for wrong in ({}, {"rank": 2, "energy": 0.8}):
+        with pytest.raises(ValueError, match="write exactly one of them"):
+            top_eigenspace(basis, **wrong)

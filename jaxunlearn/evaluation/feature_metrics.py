@@ -16,13 +16,14 @@ jaxunlearn's.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int, PRNGKeyArray
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from jaxunlearn.evaluation.alignment import (
     Alignment,
@@ -39,6 +40,7 @@ from jaxunlearn.evaluation.clustering import (
 )
 from jaxunlearn.evaluation.probe import linear_probe, probe_logits
 
+_ROWS = 512
 HEADLINE = ("da", "linear_probe_forget", "linear_probe_retain", "nmi", "f1")
 
 Features = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -88,17 +90,35 @@ def align(
       >>> align(forget, retain, AlignmentOptions(rank=1)).rank.item()
       1
     """
-    options = options or AlignmentOptions()
-    Z_f, Z_r = (_normed(jnp.asarray(z), options.feature_norm) for z in (forget, retain))
+    return _align(options or AlignmentOptions(), *_padded(forget), *_padded(retain))
+
+
+@partial(jax.jit, static_argnums=0)
+def _align(
+    options: AlignmentOptions,
+    Z_f: Float[Array, "n d"],
+    forget_mask: Bool[Array, " n"],
+    Z_r: Float[Array, "m d"],
+    retain_mask: Bool[Array, " m"],
+) -> Alignment:
+    Z_f, Z_r = (_normed(Z, options.feature_norm) for Z in (Z_f, Z_r))
+    total = jnp.sum(jnp.where(retain_mask[:, None], Z_r, 0), axis=0)
     return dimensional_alignment(
         Z_f,
-        jnp.ones(len(Z_f), bool),
-        feature_gram(Z_r),
+        forget_mask,
+        feature_gram(Z_r, retain_mask),
         energy=options.energy,
         rank=options.rank,
         kind=options.kind,
-        retain_mean=Z_r.mean(0) if options.center else None,
+        retain_mean=total / jnp.maximum(retain_mask.sum(), 1) if options.center else None,
     )
+
+
+def _padded(Z: Float[Array | np.ndarray, "n d"]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows filled up to a multiple of 512, and which of them count: few shapes are compiled."""
+    n = len(Z)
+    size = -(-n // _ROWS) * _ROWS
+    return np.pad(np.asarray(Z), ((0, size - n), (0, 0))), np.arange(size) < n
 
 
 def feature_metrics(
@@ -110,6 +130,7 @@ def feature_metrics(
     options: AlignmentOptions | None = None,
     near: Sequence[int] | None = None,
     retain_share: float = 1.0,
+    probe: bool = True,
 ) -> dict[str, Any]:
     """One model's feature metrics, as fractions, ready for JSON.
 
@@ -130,6 +151,7 @@ def feature_metrics(
       options: of the alignment.
       near: forget class and two others, for the clusters of these three alone.
       retain_share: share of the retain data that ``retain_train`` holds.
+      probe: False leaves the linear probe out; its numbers are None.
 
     Returns:
       ``da``, ``da_test``, ``da_held_out``, ``da_blind_gap``, ``da_per_class``, ``rank``,
@@ -159,7 +181,7 @@ def feature_metrics(
     classes = {c: Z_f[y_f == c] for c in forget_classes}
     probe_key, cluster_key = jax.random.split(key)
     rows = _thinned(probe_key, len(y_f), retain_share if forget_classes else 0.0)
-    probe_forget, probe_retain = _probe(features, rows, num_classes)
+    probed = _probe(features, rows, num_classes) if probe else (None, None)
     Z_t, y_t = Z_rt, y_rt
     if forget_classes:
         Z_t, y_t = np.concatenate([Z_ft, Z_rt]), np.concatenate([y_ft, y_rt])
@@ -172,8 +194,7 @@ def feature_metrics(
         "da_per_class": {str(c): float(align(Z, Z_r, options).value) for c, Z in classes.items()},
         "rank": int(aligned.rank),
         "zero_rows": int(aligned.zero_rows),
-        "linear_probe_forget": probe_forget,
-        "linear_probe_retain": probe_retain,
+        **dict(zip(("linear_probe_forget", "linear_probe_retain"), probed, strict=True)),
         **_clusters(cluster_key, Z_t, y_t, num_classes),
         "near": None
         if near is None

@@ -28,7 +28,7 @@ from jaxunlearn.methods.base import Unlearned, UnlearningProblem, check_problem
 from jaxunlearn.methods.dimensional_alignment_config import DimensionalAlignmentConfig
 from jaxunlearn.methods.dimensional_alignment_run import Run, average
 from jaxunlearn.methods.phases import check_losses
-from jaxunlearn.sharding import unreplicate
+from jaxunlearn.sharding import replicate, unreplicate
 
 NEEDS = frozenset({"forget", "retain"})
 SCOPES = frozenset({"class", "classes", "samples"})
@@ -80,7 +80,8 @@ def dimensional_alignment(
     config = config or DimensionalAlignmentConfig()
     check_problem(problem, method="dimensional_alignment", needs=NEEDS, scopes=SCOPES)
     run = Run.prepare(key, problem, config, *check_features(problem, config))
-    state, teacher = run.start(), problem.variables
+    state = run.start()
+    teacher = replicate(problem.mesh, state.variables)
     projector, figures = run.measure(state.variables)
     rows: list[dict[str, Any]] = [{"epoch": 0, **figures}]
     while len(rows) <= config.epochs and not run.reached(rows[-1]):

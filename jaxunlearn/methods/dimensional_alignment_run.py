@@ -46,7 +46,7 @@ class Programs(NamedTuple):
     both: Step
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def programs_of(
     apply_fn: ApplyFn,
     specs: tuple[tuple[str, LayerSpec], ...],
@@ -117,6 +117,7 @@ class Run:
       forget: forget data in the forget phase's batches.
       retain: the retain data that are used, in the recover phase's batches.
       basis: the fixed subset of them that the retain space is computed from.
+      data: what the steps of each phase read of them.
     """
 
     problem: UnlearningProblem
@@ -126,6 +127,7 @@ class Run:
     forget: Batches
     retain: Batches
     basis: Batches
+    data: Mapping[str, dict[str, Any]]
 
     @classmethod
     def prepare(
@@ -139,6 +141,7 @@ class Run:
         """Draw the retain data and build the programs."""
         forget_key, retain_key, draw_key = jax.random.split(key, 3)
         keys = {"forget": forget_key, "retain": retain_key, "basis": draw_key}
+        forget = problem.forget.with_batch_size(config.forget_batch_size)
         retain = retained(draw_key, problem, config.retain_fraction, config.retain_batch_size)
         images = config.basis_images or max(2048, 20 * width)
         general = replace(config, alignment_weight=1.0, epochs=1)
@@ -147,9 +150,13 @@ class Run:
             config,
             programs_of(problem.apply_fn, tuple(specs.items()), width, general, problem.augment),
             keys,
-            problem.forget.with_batch_size(config.forget_batch_size),
+            forget,
             retain,
             retain.sample(draw_key, images),
+            {
+                "forget": phase_consts(forget_key, forget, problem.mesh),
+                "retain": phase_consts(retain_key, retain, problem.mesh),
+            },
         )
 
     def start(self) -> TrainState:
@@ -162,15 +169,15 @@ class Run:
         config, problem = self.config, self.problem
         gone = np.isin(np.arange(problem.num_classes), problem.forget_classes)
         return {
-            "forget": phase_consts(self.keys["forget"], self.forget)
+            "forget": self.data["forget"]
             | {
                 "projector": projector,
                 "weight": jnp.float32(config.alignment_weight),
                 "forgotten": jnp.asarray(gone),
                 "teacher": None if config.teacher == "current" else teacher,
-                "basis_inputs": self.retain.inputs if config.basis == "batch" else None,
+                "basis_inputs": self.data["retain"]["inputs"] if config.basis == "batch" else None,
             },
-            "retain": phase_consts(self.keys["retain"], self.retain)
+            "retain": self.data["retain"]
             | {"original": problem.variables if config.retain_kl else None},
         }
 
@@ -209,6 +216,10 @@ class Run:
         """The retain space of a model, and where its forget data lie in it."""
         programs, config, mesh = self.programs, self.config, self.problem.mesh
         state = accumulate_gram(programs.reader, variables, self.basis, mesh=mesh)[FEATURES]
+        if not jnp.isfinite(state.gram).all():
+            raise FloatingPointError(
+                "dimensional_alignment: the features overflow: lower learning_rate"
+            )
         projector = _space(state.gram, config.energy, config.rank)
         accuracy, alignment = self._tally(variables, projector, self.forget)
         held_out = self.problem.held_out
@@ -267,7 +278,7 @@ def _tally(
 
 
 @jax.jit
-def average(decay: float, older: Any, newer: Any) -> Any:
+def average(decay: float | Float[Array, ""], older: Any, newer: Any) -> Any:
     """``decay · older + (1 - decay) · newer``; integers as they are in the newer tree."""
 
     def mean(a: Array, b: Array) -> Array:

@@ -99,7 +99,7 @@ def finetune(
     descent = _programs(problem.apply_fn, replace(config, epochs=1), problem.augment)
     _, retain_key, draw_key = jax.random.split(key, 3)
     retain = retained(draw_key, problem, config.retain_fraction, config.batch_size)
-    consts = phase_consts(retain_key, retain)
+    consts = phase_consts(retain_key, retain, problem.mesh)
     variables = dict(problem.variables)
     state, losses = TrainState(variables, descent.optimizer.init(variables["params"])), []
     for epoch in range(config.epochs):
@@ -116,7 +116,7 @@ def finetune(
     return Unlearned(unreplicate(problem.mesh, state.variables), info)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _programs(apply_fn: ApplyFn, config: FinetuneConfig, augment: Augment | None) -> Descent:
     gradient = loss_gradient(
         apply_fn, train=config.batch_norm == "train", augment=augment if config.augment else None

@@ -10,11 +10,13 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray
 
 from jaxunlearn.batches import Batches
 from jaxunlearn.epochs import epoch_inputs
 from jaxunlearn.methods.base import UnlearningProblem, all_finite
+from jaxunlearn.sharding import replicate
 from jaxunlearn.steps import Gradient, Step, TrainState, apply_gradient, gradient_step
 from jaxunlearn.training import sgd
 
@@ -58,13 +60,13 @@ def _means(forgot: Mapping[str, Array], kept: Mapping[str, Array]) -> dict[str, 
     return losses | {"count": np.float32(1)}
 
 
-def phase_consts(key: PRNGKeyArray, batches: Batches) -> dict[str, Any]:
-    """What every step of a phase reads: its data, and the key of augmentation and dropout."""
-    return {
-        "inputs": batches.inputs,
-        "labels": batches.labels,
-        "key": jax.random.fold_in(key, _STEPS),
-    }
+def phase_consts(key: PRNGKeyArray, batches: Batches, mesh: Mesh | None = None) -> dict[str, Any]:
+    """What every step of a phase reads: its data, and the key of augmentation and dropout.
+
+    On a mesh they are put on all devices, once for all epochs.
+    """
+    key = jax.random.fold_in(key, _STEPS)
+    return replicate(mesh, {"inputs": batches.inputs, "labels": batches.labels, "key": key})
 
 
 def retained(

@@ -122,8 +122,9 @@ def random_labels(
     kept = None
     if config.retain_pass:
         kept = retained(draw_key, problem, config.retain_fraction, config.batch_size)
+        keep = phase_consts(retain_key, kept, problem.mesh)
     forgotten = np.isin(np.arange(problem.num_classes), problem.forget_classes)
-    consts = phase_consts(forget_key, gone) | {"forgotten": jnp.asarray(forgotten)}
+    consts = phase_consts(forget_key, gone, problem.mesh) | {"forgotten": jnp.asarray(forgotten)}
     if config.redraw == "once":
         consts["labels"] = _draw(config, forget_key, consts, gone.labels)
     variables = dict(problem.variables)
@@ -135,7 +136,6 @@ def random_labels(
         losses = {"loss_forget": sums["loss"]}
         if kept is not None:
             xs = epoch_inputs(retain_key, kept.num_examples, kept.batch_size, epoch)
-            keep = phase_consts(retain_key, kept)
             state, sums = run_epoch(retain.step, keep, state, xs, mesh=problem.mesh)
             losses["loss_retain"] = sums["loss"]
         check_losses("random_labels", epoch, state, **losses)
@@ -149,7 +149,7 @@ def random_labels(
     return Unlearned(unreplicate(problem.mesh, state.variables), info)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _programs(
     apply_fn: ApplyFn, config: RandomLabelsConfig, augment: Augment | None
 ) -> tuple[Any, Descent]:
