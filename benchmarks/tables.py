@@ -15,9 +15,13 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks import alignment_tables
+from benchmarks.alignment_tables import percent as _percent
+from benchmarks.alignment_tables import table as _table
 from benchmarks.common import RESULTS, load_results, train_score
 from benchmarks.speed import QUESTIONS
-from jaxunlearn.report import console_table
+from jaxunlearn.report import console_table, features_table
+from jaxunlearn.report.tables import MODELS
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
@@ -44,7 +48,9 @@ def with_tables(text: str) -> str:
 def output() -> str:
     """What ``jaxunlearn run configs/digits_unsc.toml`` prints, from its committed report."""
     console = Console(width=115, record=True, file=io.StringIO())
-    console.print(console_table(load_results("report_digits_unsc")))
+    report = load_results("report_digits_unsc")
+    console.print(console_table(report))
+    console.print(features_table(report))
     lines = [line.rstrip() for line in console.export_text().splitlines()]
     return "\n".join(["```text", *lines, "```"])
 
@@ -54,15 +60,17 @@ def reports() -> str:
     rows = []
     for file in sorted(RESULTS.glob("report_*.json")):
         report = load_results(file.stem)
-        models, seconds = report["models"], report["seconds"]
-        forgotten = ", ".join(map(str, report["problem"]["forget_classes"]))
-        row = [report["problem"]["source"].removeprefix("tfds:"), report["config"]["model"]["name"]]
+        models, seconds = [report["models"][name] for name in MODELS], report["seconds"]
+        problem = report["problem"]
+        forgotten = ", ".join(map(str, problem["forget_classes"]))
+        forgotten = forgotten or f"{problem['scope']} {problem['forget']}"
+        row = [problem["source"].removeprefix("tfds:"), report["config"]["model"]["name"]]
         order = report["method"]["info"].get("order")
         row += [report["method"]["name"] + (f", {order}" if order else ""), forgotten]
         row.append(str(report["config"]["seed"]))
         for split in ("forget_train", "forget_test", "retain_test"):
-            row.append(" / ".join(_share(model, split) for model in models.values()))
-        row.append(" / ".join(_percent(model and model["mia"]) for model in models.values()))
+            row.append(" / ".join(_share(model, split) for model in models))
+        row.append(" / ".join(_percent(model and model["mia"]) for model in models))
         row.append(" / ".join(_number(seconds.get(s)) for s in ("train", "retrain", "unlearn")))
         rows.append(row)
     head = [
@@ -220,22 +228,20 @@ TABLES: dict[str, Callable[[], str]] = {
         for name in ("cifar10_resnet20", "cifar10_resnet32", "cifar10_resnet8")
     },
     **{f"parts_{name}": partial(parts, name) for name in ("digits", "cifar10_resnet20")},
+    "toy": alignment_tables.toy,
+    "toy_ablation": alignment_tables.toy_ablation,
+    "toy_bands": alignment_tables.toy_bands,
+    "few_retain": alignment_tables.few_retain,
+    "variants": alignment_tables.variants,
+    "features": alignment_tables.features,
+    "backdoor": alignment_tables.backdoor,
     "imported": imported,
     "speed": speed,
 }
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _share(model: dict[str, Any] | None, split: str) -> str:
     return _percent(model and model["accuracy"][split])
-
-
-def _percent(value: float | None) -> str:
-    return "—" if value is None else f"{100 * value:.1f}"
 
 
 def _number(value: float | None) -> str:

@@ -7,14 +7,12 @@ module, by name or pattern, from flax's ``capture_intermediates``. Activations a
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
-import flax.linen as nn
-from flax.traverse_util import flatten_dict
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxunlearn.capture import inputs_by_path
+from jaxunlearn.capture import inputs_by_path, module_filter, outputs_by_path
 from jaxunlearn.layers import LayerInput, LayerSpec
 from jaxunlearn.watch import ApplyFn, watch
 
@@ -35,7 +33,7 @@ def last_dense(specs: Mapping[str, LayerSpec]) -> LayerSpec:
     if not dense:
         raise ValueError(
             f"no dense layer to read features from; there are {list(specs)}. Name a module whose "
-            'output they are: layer = "stage3*", say'
+            'output they are: layer = "stage3_block2", say'
         )
     return dense[-1]
 
@@ -51,15 +49,15 @@ def with_features(
     Args:
       apply_fn: the model.
       specs: its layers, from :func:`jaxunlearn.capture.describe_layers`.
-      layer: module whose output the features are, by path or shell pattern such as ``"stage3*"``,
-        which must match one module (linen models only); by default they are what the last dense
-        layer reads.
+      layer: module whose output the features are, by path or shell pattern such as
+        ``"*_block2"``, which must match one module and what is inside it (linen models only); by
+        default they are what the last dense layer reads.
 
     Raises:
       ValueError: no dense layer, or, when the model runs, not one module that matches.
 
     Examples:
-      >>> import jax, jax.numpy as jnp
+      >>> import flax.linen as nn, jax
       >>> from jaxunlearn.capture import describe_layers
       >>> model, x = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(3)]), jnp.ones((2, 5))
       >>> variables = model.init(jax.random.key(0), x)
@@ -73,11 +71,32 @@ def with_features(
 
     def forward(variables: Any, inputs: Any, *, mutable: Any = False, **kwargs: Any) -> Any:
         logits, z, updated = read(variables, inputs, list(mutable or ()), kwargs)
-        z = z if z.ndim <= 2 else z.mean(axis=tuple(range(1, z.ndim - 1)))
-        outputs = logits, z.reshape(z.shape[0], -1)
+        outputs = _at_least_float32(logits), _at_least_float32(z)
         return outputs if mutable is False else (outputs, updated)
 
     return forward
+
+
+def over_positions(x: Float[Array, "b ..."], axes: tuple[int, ...] = (-1,)) -> Float[Array, "b c"]:
+    """Activations averaged over all axes but the batch's and those of the features.
+
+    Args:
+      x: ``[b, ..., c]``.
+      axes: of the features, where they are several; they become one.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> over_positions(jnp.arange(4.0).reshape(1, 2, 2)).tolist()
+      [[1.0, 2.0]]
+    """
+    x = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
+    x = x.mean(axis=tuple(range(1, x.ndim - len(axes))))
+    return x.reshape(x.shape[0], -1)
+
+
+def _at_least_float32(x: Array) -> Array:
+    """Norms and logits of a half-precision model are too coarse for losses and metrics."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def features(
@@ -129,26 +148,32 @@ def _head_input(apply_fn: ApplyFn, specs: Mapping[str, LayerSpec]) -> Reader:
     def read(variables: Any, inputs: Any, mutable: list[str], kwargs: dict) -> tuple:
         seen = watch(apply_fn, variables, inputs, mutable=mutable, **kwargs)
         calls = inputs_by_path(apply_fn, {head.path: head}, variables, inputs, seen)
-        return seen.outputs, calls[head.path][-1], seen.updated
+        return seen.outputs, over_positions(calls[head.path][-1], head.input_axes), seen.updated
 
     return read
 
 
 def _module_output(apply_fn: ApplyFn, pattern: str) -> Reader:
-    def matches(module: nn.Module, method: str) -> bool:
-        return method == "__call__" and fnmatchcase("/".join(module.path), pattern)
+    matches = module_filter(pattern)
 
     def read(variables: Any, inputs: Any, mutable: list[str], kwargs: dict) -> tuple:
         wanted = {"capture_intermediates": matches, "mutable": [*mutable, "intermediates"]}
-        outputs, state = apply_fn(variables, inputs, **wanted, **kwargs)
-        updated = dict(state)
-        flat = flatten_dict(updated.pop("intermediates", {}))
-        found = {"/".join(key[:-1]): out for key, out in flat.items() if key[-1] == "__call__"}
-        if len(found) != 1:
+        try:
+            outputs, state = apply_fn(variables, inputs, **wanted, **kwargs)
+        except TypeError as error:
             raise ValueError(
-                f"features: {len(found)} modules match {pattern!r}"
-                f"{f' ({sorted(found)})' if found else ''}; write the path of one"
+                f"features: a module's output ({pattern!r}) is read by flax's "
+                f"capture_intermediates, which this model does not take: {error}; leave layer out"
+            ) from error
+        updated = dict(state)
+        found = outputs_by_path(updated.pop("intermediates", {}))
+        # A module's own submodules match its pattern as well.
+        top = [p for p in found if not any(p.startswith(f"{other}/") for other in found)]
+        if len(top) != 1:
+            listed = f" ({sorted(top)})" if top else ""
+            raise ValueError(
+                f"features: {len(top)} modules match {pattern!r}{listed}; write the path of one"
             )
-        return outputs, next(iter(found.values()))[-1], updated
+        return outputs, over_positions(found[top[0]][-1]), updated
 
     return read

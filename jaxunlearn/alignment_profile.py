@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+from jaxunlearn.activations import over_positions
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import ApplyFn, capture_inputs
 from jaxunlearn.gram import accumulate_gram
@@ -22,7 +23,7 @@ from jaxunlearn.layers import LayerInput, LayerSpec
 from jaxunlearn.linalg import captured_fraction
 from jaxunlearn.projectors import SpectralProjector
 from jaxunlearn.sharding import replicate, shard_batch
-from jaxunlearn.subspace import eigenbasis, top_eigenspace
+from jaxunlearn.subspace import top_space
 
 
 def alignment_profile(
@@ -69,7 +70,10 @@ def alignment_profile(
     watched = {path: spec for path, spec in specs.items() if not spec.stack}
     means = _LayerMeans(apply_fn, tuple(watched.items()))
     states = accumulate_gram(means, variables, retain, mesh=mesh)
-    spaces = {path: _space(state.gram, energy, rank) for path, state in states.items()}
+    spaces = {
+        path: top_space(state.gram, energy, None if rank is None else min(rank, len(state.gram)))
+        for path, state in states.items()
+    }
     placed = replicate(mesh, (variables, spaces))
     sums = [_captured(means, *placed, shard_batch(mesh, batch)) for batch in forget]
     return {
@@ -87,21 +91,8 @@ class _LayerMeans:
 
     def __call__(self, variables: Any, batch: Mapping[str, Array]) -> dict[str, LayerInput]:
         calls = capture_inputs(self.apply_fn, dict(self.specs))(variables, batch["inputs"])
-        rows = {path: _over_positions(spec, calls[path][-1]) for path, spec in self.specs}
+        rows = {path: over_positions(calls[path][-1], s.input_axes) for path, s in self.specs}
         return {p: LayerInput(LayerSpec(p, (z.shape[1], 1)), (z,)) for p, z in rows.items()}
-
-
-def _over_positions(spec: LayerSpec, x: Float[Array, "b ..."]) -> Float[Array, "b c"]:
-    contracted = 1 if spec.conv else len(spec.input_axes)
-    if not spec.conv:
-        x = jnp.moveaxis(x, spec.input_axes, range(x.ndim - contracted, x.ndim))
-    x = x.mean(axis=tuple(range(1, x.ndim - contracted)))
-    return x.reshape(x.shape[0], -1)
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def _space(gram: Float[Array, "d d"], energy: float, rank: int | None) -> SpectralProjector:
-    return top_eigenspace(eigenbasis(gram), energy=energy if rank is None else None, rank=rank)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -107,13 +107,18 @@ def assess(
     k, inputs = source.num_classes, data["forget_train"].inputs[:1]
     reader = _reader(apply_fn, given["original"], inputs, config.representation.layer)
 
-    def read(variables: Any, forward: ApplyFn = reader.forward) -> Outputs:
+    def read(variables: Any) -> Outputs:
         placed = replicate(mesh, variables)
-        return {split: _outputs(forward, placed, data.get(split), k, mesh) for split in SPLITS}
+        return {s: _outputs(reader.forward, placed, data.get(s), k, mesh) for s in SPLITS}
 
     outputs = {name: read(variables) for name, variables in given.items()}
-    if splits.forget_classes and reader.head is not None:
-        outputs["head_edit"] = read(*_head_edit(reader, given["original"], splits.forget_classes))
+    if splits.forget_classes:
+        edited = _head_edit(reader.head, given["original"], splits.forget_classes, k)
+        outputs["head_edit"] = (
+            _silenced(outputs["original"], splits.forget_classes)
+            if edited is None
+            else read(edited)
+        )
     judged = {
         name: _judged(name, outputs[name], config, k, seed) if name in outputs else None
         for name in (*models, "head_edit")
@@ -192,33 +197,36 @@ class _Reader(NamedTuple):
 def _reader(apply_fn: ApplyFn, variables: Any, inputs: Any, layer: str | None) -> _Reader:
     try:
         specs = describe_layers(apply_fn, variables, inputs)
-        head = last_dense(specs) if layer is None or _has_dense(specs) else None
+        dense = any(spec.conv is None for spec in specs.values())
+        head = last_dense(specs) if layer is None or dense else None
     except ValueError as error:  # no layers that are known, or no dense one to read from
 
         def forward(variables: Any, x: Any) -> tuple:
             return apply_fn(variables, x), jnp.zeros((x.shape[0], 0))
 
         return _Reader(forward, {}, None, "", (f"There are no features to judge: {error}",))
-    where = layer if layer is not None else f"input of {last_dense(specs).path}"
+    where = f"input of {head.path}" if layer is None and head is not None else str(layer)
     return _Reader(with_features(apply_fn, specs, layer), specs, head, where)
 
 
-def _has_dense(specs: Mapping[str, LayerSpec]) -> bool:
-    return any(spec.conv is None for spec in specs.values())
+def _head_edit(
+    head: LayerSpec | None, variables: Any, classes: Sequence[int], k: int
+) -> Any | None:
+    """The control's variables; None where no bias of the head can be edited."""
+    if head is None or head.d_out != k:
+        return None
+    params = silence_classes(variables["params"], head, classes)
+    return None if params is None else {**variables, "params": params}
 
 
-def _head_edit(reader: _Reader, variables: Any, classes: Sequence[int]) -> tuple[Any, ApplyFn]:
-    """The control's variables and forward pass; without a bias its logits are silenced instead."""
-    assert reader.head is not None
-    params = silence_classes(variables["params"], reader.head, classes)
-    if params is not None:
-        return {**variables, "params": params}, reader.forward
-
-    def forward(variables: Any, x: Any) -> tuple:
-        logits, z = reader.forward(variables, x)
-        return logits.at[:, jnp.array(sorted(classes))].set(-1e4), z
-
-    return variables, forward
+def _silenced(original: Outputs, classes: Sequence[int]) -> Outputs:
+    """The same control at the outputs: the forgotten classes' logits as low as its bias."""
+    control = {}
+    for split, (logits, z, labels) in original.items():
+        lowered = logits.copy()
+        lowered[:, list(classes)] = -1e4
+        control[split] = lowered, z, labels
+    return control
 
 
 def _outputs(

@@ -159,20 +159,33 @@ def capture_outputs(
       pattern: shell pattern such as ``"stage3*"``.
     """
 
-    def matches(module: nn.Module, method: str) -> bool:
-        return method == "__call__" and fnmatchcase("/".join(module.path), pattern)
+    matches = module_filter(pattern)
 
     def capture(variables: Any, inputs: Array) -> dict[str, tuple[Array, ...]]:
         _, state = apply_fn(
             variables, inputs, capture_intermediates=matches, mutable=["intermediates"]
         )
-        outputs = flatten_dict(state.get("intermediates", {}))
-        found = {"/".join(key[:-1]): out for key, out in outputs.items() if key[-1] == "__call__"}
+        found = outputs_by_path(state.get("intermediates", {}))
         if not found:
             raise ValueError(f"no module of the model has a path that matches {pattern!r}")
         return found
 
     return capture
+
+
+def module_filter(pattern: str) -> Callable[[nn.Module, str], bool]:
+    """What ``capture_intermediates`` takes: the outputs of modules whose path a pattern matches."""
+
+    def matches(module: nn.Module, method: str) -> bool:
+        return method == "__call__" and fnmatchcase("/".join(module.path), pattern)
+
+    return matches
+
+
+def outputs_by_path(intermediates: Mapping[str, Any]) -> dict[str, tuple[Array, ...]]:
+    """Outputs of modules by path, one per call, from a flax ``intermediates`` collection."""
+    flat = flatten_dict(dict(intermediates))
+    return {"/".join(key[:-1]): out for key, out in flat.items() if key[-1] == "__call__"}
 
 
 def _check_keywords(apply_fn: ApplyFn) -> None:

@@ -9,26 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxunlearn.config import RepresentationConfig
-from jaxunlearn.evaluation.alignment import alignment_by_rank, feature_gram, feature_spaces
-from jaxunlearn.evaluation.feature_metrics import (
-    HEADLINE,
-    AlignmentOptions,
-    Features,
-    feature_metrics,
-    inside,
-    mark,
-    nearest_classes,
-    null_width,
-)
+from jaxunlearn.evaluation.alignment import RetainSpace
+from jaxunlearn.evaluation.alignment_options import AlignmentOptions, normed, space_of
+from jaxunlearn.evaluation.feature_marks import feature_gap, inside, mark, null_width
+from jaxunlearn.evaluation.feature_metrics import Features, feature_metrics, nearest_classes
+from jaxunlearn.evaluation.feature_spaces import alignment_by_rank, feature_spaces
 
-_DRAWN = ("original", "retrained", "unlearned")
+_DRAWN = ("spectrum_retain", "spectrum_forget", "angles", "alignment_by_rank")
 
 
 class FeatureAssessment(NamedTuple):
     """Parts of a report.
 
     Attributes:
-      models: ``{name: representation}``, as :func:`jaxunlearn.evaluation.feature_metrics` has it,
+      models: ``{name: representation}``, as :mod:`jaxunlearn.evaluation.feature_metrics` has it,
         with ``layers``, ``inside`` and ``mark``.
       gaps: ``{name: {number: gap to the retrained model}}``, None without one.
       settings: how the numbers came about.
@@ -72,7 +66,8 @@ def assess_features(
         config.energy, config.rank, config.kind, config.center, config.feature_norm
     )
 
-    def metrics(each: Features) -> dict[str, Any]:
+    def metrics(each: Features) -> tuple[dict[str, Any], RetainSpace]:
+        space = space_of(each["retain_train"][0], options)
         return feature_metrics(
             jax.random.key(seed),
             each,
@@ -81,24 +76,27 @@ def assess_features(
             options=options,
             near=near,
             retain_share=retain_share,
-        )
+            space=space,
+        ), space
 
-    models = {name: metrics(each) for name, each in features.items()}
-    retrained = [models["retrained"]] if "retrained" in models else []
-    retrained += [metrics(each) for each in references]
-    null, original = null_width(retrained), models["original"]
+    models, arrays = dict[str, dict[str, Any]](), dict[str, np.ndarray]()
+    same = {name: _equal(each, features["original"]) for name, each in features.items()}
+    for name, each in features.items():
+        # Of the same arrays come the same numbers.
+        twin = "original" if same[name] and name != "original" else name
+        if twin == name:
+            models[name], space = metrics(each)
+            drawn = _drawn(space, each["forget_train"][0], options)
+        else:
+            models[name] = dict(models[twin])
+            drawn = {kind: arrays[f"{kind}_{twin}"] for kind in _DRAWN}
+        if name != "head_edit":  # its curves are the original's
+            arrays |= {f"{kind}_{name}": array for kind, array in drawn.items()}
+    band = [models["retrained"]] if "retrained" in models else []
+    band += [metrics(each)[0] for each in references]
+    null, gaps = null_width(band), _judged(models, band, same, bool(forget_classes))
     for name, model in models.items():
         model["layers"] = profiles.get(name)
-        ours = name != "retrained"
-        model["inside"] = inside(model, retrained, null) if ours else None
-        model["mark"] = (
-            mark(model, original, retrained, null, whole_classes=bool(forget_classes))
-            if ours
-            else None
-        )
-    gaps = None
-    if "retrained" in models:
-        gaps = {n: _gap(m, models["retrained"]) for n, m in models.items() if n != "retrained"}
     d = features["original"]["retain_train"][0].shape[1]
     settings = {
         "layer": layer,
@@ -106,24 +104,47 @@ def assess_features(
         **asdict(options),
         "probe_examples": _probe_examples(features["original"], forget_classes, retain_share),
         "cluster_examples": _cluster_examples(features["original"], forget_classes),
-        "references": len(retrained),
+        "references": len(band),
         "null": null,
     }
-    arrays: dict[str, np.ndarray] = {}
-    for name in _DRAWN:
-        if name in features:
-            arrays |= {f"{k}_{name}": a for k, a in _drawn(features[name], config).items()}
-    return FeatureAssessment(models, gaps, settings, arrays)
+    return FeatureAssessment(models, gaps or None, settings, arrays)
 
 
-def _gap(model: Mapping[str, Any], retrained: Mapping[str, Any]) -> dict[str, float | None]:
-    both = {key: (model[key], retrained[key]) for key in HEADLINE}
-    return {key: None if None in pair else pair[0] - pair[1] for key, pair in both.items()}
+def _judged(
+    models: dict[str, dict[str, Any]],
+    band: Sequence[dict[str, Any]],
+    same: Mapping[str, bool],
+    whole_classes: bool,
+) -> dict[str, dict[str, Any]]:
+    """Enter ``inside`` and ``mark`` of each model, and return the gaps to the retrained one."""
+    null, gaps = null_width(band), dict[str, dict[str, Any]]()
+    retrained = models.get("retrained")
+    for name, model in models.items():
+        model |= {"inside": None, "mark": None}
+        if name == "retrained":
+            continue
+        if retrained is not None:
+            gaps[name] = feature_gap(model, retrained)
+            model["inside"] = inside(gaps[name], null)
+        model["mark"] = mark(
+            model,
+            models["original"],
+            retrained,
+            null,
+            same_features=same[name],
+            whole_classes=whole_classes,
+        )
+    return gaps
+
+
+def _equal(a: Features, b: Features) -> bool:
+    return all(np.array_equal(a[split][0], b[split][0]) for split in a)
 
 
 def _probe_examples(features: Features, forget_classes: Sequence[int], share: float) -> int:
-    forget = round(share * len(features["forget_train"][1])) if forget_classes else 0
-    return len(features["retain_train"][1]) + forget
+    forget = len(features["forget_train"][1])
+    thinned = max(1, round(share * forget)) if forget_classes else 0
+    return len(features["retain_train"][1]) + thinned
 
 
 def _cluster_examples(features: Features, forget_classes: Sequence[int]) -> int:
@@ -131,13 +152,11 @@ def _cluster_examples(features: Features, forget_classes: Sequence[int]) -> int:
     return sum(len(features[split][1]) for split in splits)
 
 
-def _drawn(features: Features, config: RepresentationConfig) -> dict[str, np.ndarray]:
-    Z_f, Z_r = (jnp.asarray(features[split][0]) for split in ("forget_train", "retain_train"))
-    G_f, G_r = feature_gram(Z_f), feature_gram(Z_r)
-    spaces = feature_spaces(G_f, G_r, energy=config.energy, rank=config.rank)
-    return {
-        "spectrum_retain": spaces.retain_spectrum,
-        "spectrum_forget": spaces.forget_spectrum,
-        "angles": spaces.angles,
-        "alignment_by_rank": np.asarray(alignment_by_rank(Z_f, jnp.ones(len(Z_f), bool), G_r)),
-    }
+def _drawn(
+    space: RetainSpace, forget: np.ndarray, options: AlignmentOptions
+) -> dict[str, np.ndarray]:
+    Z = normed(jnp.asarray(forget), options.feature_norm)
+    mask = jnp.ones(len(Z), bool)
+    spaces = feature_spaces(space, Z, mask, energy=options.energy, rank=options.rank)
+    by_rank = np.asarray(alignment_by_rank(space, Z, mask))
+    return dict(zip(_DRAWN, (*spaces, by_rank), strict=True))

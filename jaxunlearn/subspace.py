@@ -8,6 +8,7 @@ With fewer rows than features, the same projectors come from the ``n x n`` Gram 
 inner products, ``X Xᵀ``: its eigenvalues are those of ``XᵀX``, and ``u = Xᵀ v / √w``.
 """
 
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -145,7 +146,7 @@ def top_eigenspace(
       basis: of a Gram.
       energy: share of the trace to keep, in (0, 1].
       rule: ``"reach"`` or ``"below"``.
-      rank: number of directions to keep instead.
+      rank: number of directions to keep instead; those without variance never count.
 
     Returns:
       A projector with ``r = d`` stored directions; :func:`truncate` shortens it.
@@ -162,10 +163,27 @@ def top_eigenspace(
     if energy is not None and rank is None:
         weights = energy_mask(w, energy, rule=rule)
     elif rank is not None and energy is None:
-        weights = jnp.broadcast_to(jnp.arange(w.shape[-1]) < rank, w.shape).astype(w.dtype)
+        least = w.shape[-1] * jnp.finfo(w.dtype).eps * w[..., :1]
+        first = jnp.broadcast_to(jnp.arange(w.shape[-1]) < rank, w.shape)
+        weights = (first & (w > least)).astype(w.dtype)
     else:
         raise ValueError(f"energy = {energy} and rank = {rank}: write exactly one of them")
     return SpectralProjector(basis.eigenvectors, weights, jnp.zeros((), weights.dtype))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def top_space(
+    gram: Float[Array, "d d"], energy: float = 0.95, rank: int | None = None
+) -> SpectralProjector:
+    """Projector on the leading eigenspace of a Gram, by its rank if one is given, else by energy.
+
+    Compiled once per size: all ``d`` directions are stored, whatever the rank.
+
+    Examples:
+      >>> top_space(jnp.diag(jnp.array([1.0, 4.0, 0.0])), rank=3).rank().item()
+      2.0
+    """
+    return top_eigenspace(eigenbasis(gram), energy=energy if rank is None else None, rank=rank)
 
 
 def null_space(

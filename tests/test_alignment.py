@@ -14,13 +14,13 @@ from jaxunlearn.alignment_profile import alignment_profile
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import describe_layers
 from jaxunlearn.evaluation.alignment import (
-    alignment_by_rank,
     class_alignments,
     dimensional_alignment,
     feature_gram,
-    feature_spaces,
+    retain_space,
 )
-from jaxunlearn.evaluation.feature_metrics import AlignmentOptions, align
+from jaxunlearn.evaluation.alignment_options import AlignmentOptions, align
+from jaxunlearn.evaluation.feature_spaces import alignment_by_rank, feature_spaces
 from jaxunlearn.gram import accumulate_gram
 from jaxunlearn.models import build
 
@@ -91,7 +91,8 @@ def test_it_is_one_inside_the_kept_directions_and_at_full_rank_and_zero_when_ort
         options = AlignmentOptions(kind=kind, rank=3)
         assert float(align(inside, retain, options).value) == pytest.approx(1, abs=1e-6)
         assert float(align(outside, retain, options).value) == pytest.approx(0, abs=1e-6)
-    everything = align(outside, retain, AlignmentOptions(rank=D))
+    everywhere = np.float32(np.random.default_rng(1).normal(size=(30, D)))
+    everything = align(outside, everywhere, AlignmentOptions(rank=D))
     assert float(everything.value) == pytest.approx(1, abs=1e-6)
 
 
@@ -111,8 +112,24 @@ def test_a_zero_row_counts_as_zero_and_is_reported_and_a_padded_row_is_not_there
 def test_features_that_are_all_dead_align_with_nothing_and_nothing_is_nan():
     dead = np.zeros((5, D), np.float32)
     for kind in ("ratio", "energy", "subspace"):
-        for pair in ((dead, dead), (np.ones((5, D), np.float32), dead)):
-            assert float(align(*pair, AlignmentOptions(kind=kind)).value) == 0
+        for options in (AlignmentOptions(kind=kind), AlignmentOptions(kind=kind, rank=3)):
+            for pair in ((dead, dead), (np.ones((5, D), np.float32), dead)):
+                assert float(align(*pair, options).value) == 0
+
+
+def test_directions_that_retain_features_do_not_use_are_never_kept():
+    retain = np.float32(np.eye(2, D))
+    forget = np.float32(np.eye(D)[[0, 5]])
+    assert float(align(forget, retain, AlignmentOptions(rank=5)).value) == pytest.approx(0.5)
+    assert int(align(forget, retain, AlignmentOptions(rank=5)).rank) == 2
+
+
+def test_dead_rows_stay_dead_when_features_are_centred(features):
+    forget, retain = features
+    dead = np.concatenate([forget, np.zeros((N_F, D), np.float32)])
+    alone, half = (align(z, retain, AlignmentOptions(center=True)) for z in (forget, dead))
+    assert float(half.value) == pytest.approx(float(alone.value) / 2, rel=1e-6)
+    assert int(half.zero_rows) == N_F
 
 
 def test_unit_features_weigh_every_example_alike(features):
@@ -130,7 +147,8 @@ def test_unit_features_weigh_every_example_alike(features):
 def test_all_ranks_at_once_are_each_rank_by_itself(features):
     forget, retain = features
     gram = feature_gram(jnp.asarray(retain))
-    curve = np.asarray(alignment_by_rank(jnp.asarray(forget), jnp.ones(N_F, bool), gram))
+    space, rows = retain_space(gram), (jnp.asarray(forget), jnp.ones(N_F, bool))
+    curve = np.asarray(alignment_by_rank(space, *rows))
     single = [float(align(forget, retain, AlignmentOptions(rank=r)).value) for r in range(1, D + 1)]
     np.testing.assert_allclose(curve, single, atol=1e-6)
     assert (np.diff(curve) >= -1e-6).all()
@@ -150,8 +168,8 @@ def test_all_classes_from_one_pass_are_ten_direct_computations():
 
 def test_spectra_are_shares_and_angles_those_between_the_leading_spaces(features):
     forget, retain = features
-    grams = (feature_gram(jnp.asarray(z)) for z in (forget, retain))
-    spaces = feature_spaces(*grams, energy=0.9)
+    space = retain_space(feature_gram(jnp.asarray(retain)))
+    spaces = feature_spaces(space, jnp.asarray(forget), jnp.ones(N_F, bool), energy=0.9)
     np.testing.assert_allclose(spaces.retain_spectrum, SPECTRUM / SPECTRUM.sum(), atol=1e-5)
     assert spaces.forget_spectrum.sum() == pytest.approx(1, abs=1e-5)
     _, U = np.linalg.eigh(np.float64(forget.T @ forget))
@@ -211,7 +229,7 @@ def test_the_last_row_of_the_profile_is_the_models_alignment_and_costs_no_pass_m
     forget, retain = (Batches(x[rows], labels[rows], 16) for rows in (slice(8), slice(8, None)))
     del calls[:]
     profile = alignment_profile(apply_fn, specs, variables, forget, retain)
-    assert len(calls) == 2  # traced once for the Grams, once for the forget data
+    assert len(calls) == 2  # one program for the Grams, one for the forget data
     assert list(profile) == ["conv1", "conv2", "conv3", "conv4", "head"]
     reader = FeatureInputs(penultimate(apply_fn, specs), specs["head"].d_in)
     gram = accumulate_gram(reader, variables, retain)[FEATURES].gram

@@ -34,7 +34,7 @@ K, D, WIDTH = 4, 6, 5  # classes, inputs, features
 KEY = jax.random.key(0)
 MODEL = MLP(features=(WIDTH,), num_classes=K)
 BASE = DimensionalAlignmentConfig(
-    epochs=3, learning_rate=0.03, weight_decay=0.01, forget_batch_size=3, retain_batch_size=10
+    epochs=3, learning_rate=0.03, weight_decay=0.01, forget_batch_size=3, batch_size=10
 )
 
 
@@ -177,14 +177,14 @@ def slow_run(problem, config, key=KEY):
     retain = problem.retain.sample(draw_key, round(config.retain_fraction * n_r))
     gone = np.eye(K, dtype=bool)[forget.labels] | np.isin(np.arange(K), problem.forget_classes)
     gone_rows = rows_of_steps(forget_key, forget, config.forget_batch_size)
-    kept_rows = rows_of_steps(retain_key, retain, config.retain_batch_size)
-    basis_rows = rows_of_steps(draw_key, retain, config.retain_batch_size)
+    kept_rows = rows_of_steps(retain_key, retain, config.batch_size)
+    basis_rows = rows_of_steps(draw_key, retain, config.batch_size)
     original = params = average = problem.variables["params"]
     weights = jnp.array([config.distillation == "masked", config.alignment_weight], float)
     speed = jax.tree.map(jnp.zeros_like, params)
     steps = (
         -(-forget.num_examples // config.forget_batch_size),
-        -(-retain.num_examples // config.retain_batch_size),
+        -(-retain.num_examples // config.batch_size),
     )
     for _ in range(config.epochs):
         P = space_of(original if config.basis == "frozen" else params, retain.inputs, config)
@@ -228,7 +228,7 @@ CASES = {
         "alternation": "step",
     },
     "batch basis, joint": {"basis": "batch", "alternation": "joint", "retain_fraction": 0.5},
-    "batch basis, recycled": {"basis": "batch", "retain_batch_size": 16},
+    "batch basis, recycled": {"basis": "batch", "batch_size": 16},
 }
 
 
@@ -413,7 +413,7 @@ def tuned(problem, **settings):
     """Fine-tuning with the settings that it shares with ``BASE``."""
     names = {field.name for field in dataclasses.fields(FinetuneConfig)}
     shared = {name: getattr(BASE, name) for name in names - {"batch_size"}}
-    config = FinetuneConfig(**(shared | {"batch_size": BASE.retain_batch_size} | settings))
+    config = FinetuneConfig(**(shared | {"batch_size": BASE.batch_size} | settings))
     return finetune(KEY, problem, config)
 
 
@@ -528,7 +528,7 @@ def test_without_held_out_images_none_are_judged(problem, whole):
 
 
 @pytest.mark.parametrize(
-    ("alternation", "retain_batch_size", "steps", "forget_passes"),
+    ("alternation", "batch_size", "steps", "forget_passes"),
     [
         ("epoch", 10, 2 * (3 + 3), 2),
         ("epoch", 2, 2 * (3 + 12), 2),
@@ -537,10 +537,10 @@ def test_without_held_out_images_none_are_judged(problem, whole):
     ],
 )
 def test_steps_and_passes_are_counted(
-    problem, alternation, retain_batch_size, steps, forget_passes
+    problem, alternation, batch_size, steps, forget_passes
 ):
     costs = prepared(
-        problem, alternation=alternation, retain_batch_size=retain_batch_size, retain_fraction=0.99
+        problem, alternation=alternation, batch_size=batch_size, retain_fraction=0.99
     ).costs(2)
     expected = {"steps": steps, "forget_passes": forget_passes, "retain_passes": 2 * 0.99}
     assert costs == expected

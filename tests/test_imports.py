@@ -24,8 +24,8 @@ ORDER = (
     ("subspace",),
     ("soft_projectors",),
     ("edits", "guard", "training", "transforms"),
-    ("evaluation", "methods"),
-    ("store",),
+    ("evaluation", "guard_files", "methods"),
+    ("exported", "store"),
     ("alignment_profile", "feature_assessment", "saliency_assessment"),  # parts of the experiment
     ("assessment", "network", "progress", "stages"),
     ("preparation",),

@@ -229,9 +229,8 @@ def test_losses_and_weights_that_are_not_finite_are_an_error(problem):
     ("name", "value", "wanted"),
     [
         ("epochs", 0, "at least 1"),
-        ("batch_size", 0, "at least 1"),
         ("forget_batch_size", -1, "at least 1"),
-        ("retain_batch_size", 0, "at least 1"),
+        ("batch_size", 0, "at least 1"),
         ("learning_rate", -0.1, "at least 0"),
         ("learning_rate", float("nan"), "at least 0"),
         ("weight_decay", -1e-4, "at least 0"),
@@ -251,7 +250,7 @@ def test_settings_of_descent_outside_their_ranges_are_refused(name, value, wante
 # Settings under which a run is short, and those that set the rows per batch of both data sets.
 SHORT = {"epochs": 2, "learning_rate": 0.05, "weight_decay": 0.01}
 CASES = {
-    "dimensional_alignment": lambda f, r: {"forget_batch_size": f, "retain_batch_size": r},
+    "dimensional_alignment": lambda f, r: {"forget_batch_size": f, "batch_size": r},
     "finetune": lambda f, r: {"batch_size": r},
     "random_labels": lambda f, r: {"forget_batch_size": f, "batch_size": r, "redraw": "once"},
 }

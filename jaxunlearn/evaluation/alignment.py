@@ -26,9 +26,7 @@ from jaxunlearn.linalg import (
     captured_fraction,
     energy_mask,
     over_each,
-    principal_angles,
     psd_eigh,
-    safe_norm,
 )
 
 Kind = Literal["ratio", "energy", "subspace"]
@@ -47,6 +45,34 @@ class Alignment(NamedTuple):
     value: Float[Array, "*batch"]
     rank: Int[Array, "*batch"]
     zero_rows: Int[Array, "*batch"]
+
+
+class RetainSpace(NamedTuple):
+    """The space of retain features: what alignments of one model are measured in.
+
+    Attributes:
+      eigenvalues: of the Gram, ``[d]``, descending.
+      eigenvectors: ``[d, d]``.
+      mean: of the retain features, subtracted from the rows; None for uncentred alignment.
+    """
+
+    eigenvalues: Float[Array, " d"]
+    eigenvectors: Float[Array, "d d"]
+    mean: Float[Array, " d"] | None
+
+
+def retain_space(
+    retain_gram: Float[Array, "d d"], retain_mean: Float[Array, " d"] | None = None
+) -> RetainSpace:
+    """Eigenbasis of a retain Gram ``Z_rᵀ Z_r / n_r``, or of the covariance. One ``eigh``.
+
+    Examples:
+      >>> retain_space(jnp.diag(jnp.array([1.0, 3.0]))).eigenvalues.tolist()
+      [3.0, 1.0]
+    """
+    if retain_mean is not None:
+        retain_gram = retain_gram - jnp.outer(retain_mean, retain_mean)
+    return RetainSpace(*psd_eigh(retain_gram), retain_mean)
 
 
 def dimensional_alignment(
@@ -68,7 +94,8 @@ def dimensional_alignment(
       mask: rows that count, ``[n]``.
       retain_gram: ``Z_rᵀ Z_r / n_r [d, d]``, from the same parameters.
       energy: ρ, share of the trace that the retain space holds.
-      rank: number of its directions instead; the natural value is the number of retained classes.
+      rank: number of its directions instead (those without variance never count); the natural value
+        is the number of retained classes.
       kind: ``"ratio"``, the mean of ``‖P z‖ / ‖z‖``; ``"energy"``, ``‖Z_f P‖² / ‖Z_f‖²``;
         ``"subspace"``, ``‖U_rᵀ U_f‖² / min(r_r, r_f)`` with ``U_f`` the leading eigenspace of the
         forget features by the same rule.
@@ -87,48 +114,60 @@ def dimensional_alignment(
       >>> round(alignment.value.item(), 4), alignment.rank.item()
       (0.8, 2)
     """
-    _check(forget, retain_gram, rank, kind)
-    gram, rows = jnp.asarray(retain_gram), jnp.where(mask[:, None], forget, 0)
-    if retain_mean is not None:
-        gram = gram - jnp.outer(retain_mean, retain_mean)
-        rows = jnp.where(mask[:, None], forget - retain_mean[None], 0)
-    w, U = psd_eigh(gram)
-    kept = _kept(w, energy, rank)
-    zero = mask & ~(rows != 0).any(1)
+    if retain_gram.shape != (d := forget.shape[-1], d):
+        raise ValueError(
+            f"a retain Gram of shape {retain_gram.shape} for features {forget.shape}: wanted "
+            "[d, d] from the features of the same model and layer"
+        )
+    space = retain_space(jnp.asarray(retain_gram), retain_mean)
+    return alignment_in(space, forget, mask, energy=energy, rank=rank, kind=kind)
+
+
+def alignment_in(
+    space: RetainSpace,
+    forget: Float[Array, "n d"],
+    mask: Bool[Array, " n"],
+    *,
+    energy: float = 0.95,
+    rank: int | None = None,
+    kind: str = "ratio",
+) -> Alignment:
+    """:func:`dimensional_alignment` in a space that is there already. ``O(n d²)``.
+
+    Examples:
+      >>> space = retain_space(jnp.diag(jnp.array([4.0, 4.0, 0.0])))
+      >>> alignment = alignment_in(space, jnp.array([[3.0, 0.0, 4.0]]), jnp.array([True]))
+      >>> round(alignment.value.item(), 4)
+      0.6
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind = {kind!r}: write one of {get_args(Kind)}")
+    if rank is not None and not 1 <= rank <= forget.shape[-1]:
+        raise ValueError(f"rank = {rank}: wanted 1 to {forget.shape[-1]}, the number of features")
+    U, kept = space.eigenvectors, kept_directions(space.eigenvalues, energy, rank)
+    rows, dead = rows_in(space, forget, mask)
     count = jnp.maximum(mask.sum(), 1)
     if kind == "ratio":
         value = captured_fraction(rows, _project(U, kept)).sum() / count
     elif kind == "energy":
-        inside = jnp.sum(jnp.square(_product(rows, U)) * kept[None])
+        inside = jnp.sum(jnp.square(product(rows, U)) * kept[None])
         whole = jnp.sum(jnp.square(rows))
         value = jnp.where(whole > 0, inside / jnp.where(whole > 0, whole, 1), 0)
     else:
-        own_w, own_U = psd_eigh(_product(rows.T, rows))
-        own = _kept(own_w, energy, rank)
-        overlap = jnp.square(_product(U.T, own_U)) * kept[:, None] * own[None]
+        own_w, own_U = psd_eigh(product(rows.T, rows))
+        own = kept_directions(own_w, energy, rank)
+        overlap = jnp.square(product(U.T, own_U)) * kept[:, None] * own[None]
         value = overlap.sum() / jnp.maximum(jnp.minimum(kept.sum(), own.sum()), 1)
-    return Alignment(value, kept.sum().astype(jnp.int32), zero.sum(dtype=jnp.int32))
+    return Alignment(value, kept.sum().astype(jnp.int32), dead.sum(dtype=jnp.int32))
 
 
-def alignment_by_rank(
-    forget: Float[Array, "n d"], mask: Bool[Array, " n"], retain_gram: Float[Array, "d d"]
-) -> Float[Array, " d"]:
-    """Dimensional alignment for every number of kept directions ``r = 1..d`` at once, ``[d]``.
-
-    ``DA(r) = mean_i sqrt(Σ_{j≤r} (u_jᵀ z_i)²) / ‖z_i‖``: one product and a cumulative sum. Never
-    decreases; 1 at ``r = d`` but for zero rows.
-
-    Examples:
-      >>> G = jnp.diag(jnp.array([4.0, 1.0]))
-      >>> alignment_by_rank(jnp.array([[3.0, 4.0]]), jnp.array([True]), G).round(3).tolist()
-      [0.6000000238418579, 1.0]
-    """
-    _check(forget, retain_gram, None, "ratio")
-    rows = jnp.where(mask[:, None], forget, 0)
-    _, U = psd_eigh(retain_gram)
-    captured = jnp.sqrt(jnp.cumsum(jnp.square(_product(rows, U)), axis=1))
-    shares = captured / jnp.maximum(safe_norm(rows), 1e-6)[:, None]
-    return shares.sum(0) / jnp.maximum(mask.sum(), 1)
+def rows_in(
+    space: RetainSpace, forget: Float[Array, "n d"], mask: Bool[Array, " n"]
+) -> tuple[Float[Array, "n d"], Bool[Array, " n"]]:
+    """Rows that count, centred if the space is; and which of them are zero, which count as 0."""
+    alive = mask & (forget != 0).any(1)
+    centred = forget if space.mean is None else forget - space.mean[None]
+    return jnp.where(alive[:, None], centred, 0), mask & ~alive
 
 
 def class_alignments(
@@ -184,35 +223,6 @@ def _class_alignments(
     return over_each(one, (at, mask, grams))
 
 
-class FeatureSpaces(NamedTuple):
-    """Spectra of retain and forget features, and the angles between their leading eigenspaces."""
-
-    retain_spectrum: Float[np.ndarray, " d"]  # eigenvalues as shares of the trace, descending
-    forget_spectrum: Float[np.ndarray, " d"]
-    angles: Float[np.ndarray, " r"]  # degrees, ascending
-
-
-def feature_spaces(
-    forget_gram: Float[Array, "d d"],
-    retain_gram: Float[Array, "d d"],
-    *,
-    energy: float = 0.95,
-    rank: int | None = None,
-) -> FeatureSpaces:
-    """What there is to draw of two feature spaces. Two ``eigh`` of ``d``; outside ``jit``.
-
-    Examples:
-      >>> spaces = feature_spaces(jnp.diag(jnp.array([0.0, 3.0])), jnp.diag(jnp.array([3.0, 1.0])))
-      >>> spaces.retain_spectrum.tolist(), spaces.angles.tolist()
-      ([0.75, 0.25], [0.0])
-    """
-    (w_f, U_f), (w_r, U_r) = psd_eigh(forget_gram), psd_eigh(retain_gram)
-    p, q = (int(_kept(w, energy, rank).sum()) for w in (w_f, w_r))
-    angles = principal_angles(U_f[:, :p], U_r[:, :q]) if min(p, q) else jnp.zeros(0)
-    retain, forget = (np.asarray(w / jnp.where(w.sum() > 0, w.sum(), 1)) for w in (w_r, w_f))
-    return FeatureSpaces(retain, forget, np.degrees(np.asarray(angles)))
-
-
 def feature_gram(
     Z: Float[Array, "n d"], mask: Bool[Array, " n"] | None = None
 ) -> Float[Array, "d d"]:
@@ -230,34 +240,27 @@ def feature_gram(
 
 def _masked_gram(Z: Float[Array, "n d"], mask: Bool[Array, " n"]) -> Float[Array, "d d"]:
     rows = jnp.where(mask[:, None], Z, 0)
-    return _product(rows.T, rows)
+    return product(rows.T, rows)
 
 
-def _kept(w: Float[Array, " d"], energy: float, rank: int | None) -> Float[Array, " d"]:
+def kept_directions(w: Float[Array, " d"], energy: float, rank: int | None) -> Float[Array, " d"]:
     """0/1 weights of the leading eigenvalues."""
     if rank is None:
         return energy_mask(w, energy)
-    return (jnp.arange(w.shape[0]) < rank).astype(w.dtype)
+    return ((jnp.arange(w.shape[0]) < rank) & used_directions(w)).astype(w.dtype)
+
+
+def used_directions(w: Float[Array, " d"]) -> Bool[Array, " d"]:
+    """Directions whose variance is above rounding."""
+    return w > w.shape[0] * jnp.finfo(w.dtype).eps * w[:1]
 
 
 def _project(
     U: Float[Array, "d d"], kept: Float[Array, " d"]
 ) -> Callable[[Float[Array, "d n"]], Float[Array, "d n"]]:
-    return lambda x: _product(U, kept[:, None] * _product(U.T, x))
+    return lambda x: product(U, kept[:, None] * product(U.T, x))
 
 
-def _product(a: Float[Array, "a b"], b: Float[Array, "b c"]) -> Float[Array, "a c"]:
+def product(a: Float[Array, "a b"], b: Float[Array, "b c"]) -> Float[Array, "a c"]:
+    """``a b`` in full precision."""
     return jnp.matmul(a, b, precision=HIGHEST)
-
-
-def _check(forget: Array, gram: Array, rank: int | None, kind: str) -> None:
-    d = forget.shape[-1]
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind = {kind!r}: write one of {get_args(Kind)}")
-    if gram.shape != (d, d):
-        raise ValueError(
-            f"a retain Gram of shape {gram.shape} for features {forget.shape}: wanted [d, d] from "
-            "the features of the same model and layer"
-        )
-    if rank is not None and not 1 <= rank <= d:
-        raise ValueError(f"rank = {rank}: wanted 1 to {d}, the number of features")

@@ -15,23 +15,14 @@ jaxunlearn's.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jaxtyping import Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Int, PRNGKeyArray
 
-from jaxunlearn.evaluation.alignment import (
-    Alignment,
-    FeatureNorm,
-    Kind,
-    dimensional_alignment,
-    feature_gram,
-)
+from jaxunlearn.evaluation.alignment import RetainSpace
+from jaxunlearn.evaluation.alignment_options import AlignmentOptions, align_in, space_of
 from jaxunlearn.evaluation.clustering import (
     contingency,
     k_means,
@@ -40,85 +31,9 @@ from jaxunlearn.evaluation.clustering import (
 )
 from jaxunlearn.evaluation.probe import linear_probe, probe_logits
 
-_ROWS = 512
 HEADLINE = ("da", "linear_probe_forget", "linear_probe_retain", "nmi", "f1")
 
 Features = Mapping[str, tuple[np.ndarray, np.ndarray]]
-
-
-@dataclass(frozen=True)
-class AlignmentOptions:
-    """Choices in the definition of dimensional alignment.
-
-    Attributes:
-      energy: ρ, share of the trace that the retain space holds.
-      rank: its number of directions instead.
-      kind: see :func:`jaxunlearn.evaluation.alignment.dimensional_alignment`.
-      center: subtract the mean of the retain features from both sides.
-      feature_norm: ``"l2"`` divides every feature vector by its length first.
-    """
-
-    energy: float = 0.95
-    rank: int | None = None
-    kind: Kind = "ratio"
-    center: bool = False
-    feature_norm: FeatureNorm | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.energy <= 1:
-            raise ValueError(f"energy = {self.energy}: wanted a share in (0, 1], such as 0.95")
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank = {self.rank}: wanted at least 1 direction")
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"kind = {self.kind!r}: write one of {get_args(Kind)}")
-        if self.feature_norm not in (None, *get_args(FeatureNorm)):
-            raise ValueError(f'feature_norm = {self.feature_norm!r}: write "l2", or leave it out')
-
-
-def align(
-    forget: Float[Array | np.ndarray, "n d"],
-    retain: Float[Array | np.ndarray, "m d"],
-    options: AlignmentOptions | None = None,
-) -> Alignment:
-    """Dimensional alignment of forget features with retain features of the same model.
-
-    Examples:
-      >>> retain = np.array([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]], dtype=np.float32)
-      >>> forget = np.array([[1.0, 0.0, 0.0], [3.0, 0.0, 4.0]], dtype=np.float32)
-      >>> round(align(forget, retain).value.item(), 4)
-      0.8
-      >>> align(forget, retain, AlignmentOptions(rank=1)).rank.item()
-      1
-    """
-    return _align(options or AlignmentOptions(), *_padded(forget), *_padded(retain))
-
-
-@partial(jax.jit, static_argnums=0)
-def _align(
-    options: AlignmentOptions,
-    Z_f: Float[Array, "n d"],
-    forget_mask: Bool[Array, " n"],
-    Z_r: Float[Array, "m d"],
-    retain_mask: Bool[Array, " m"],
-) -> Alignment:
-    Z_f, Z_r = (_normed(Z, options.feature_norm) for Z in (Z_f, Z_r))
-    total = jnp.sum(jnp.where(retain_mask[:, None], Z_r, 0), axis=0)
-    return dimensional_alignment(
-        Z_f,
-        forget_mask,
-        feature_gram(Z_r, retain_mask),
-        energy=options.energy,
-        rank=options.rank,
-        kind=options.kind,
-        retain_mean=total / jnp.maximum(retain_mask.sum(), 1) if options.center else None,
-    )
-
-
-def _padded(Z: Float[Array | np.ndarray, "n d"]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows filled up to a multiple of 512, and which of them count: few shapes are compiled."""
-    n = len(Z)
-    size = -(-n // _ROWS) * _ROWS
-    return np.pad(np.asarray(Z), ((0, size - n), (0, 0))), np.arange(size) < n
 
 
 def feature_metrics(
@@ -131,6 +46,7 @@ def feature_metrics(
     near: Sequence[int] | None = None,
     retain_share: float = 1.0,
     probe: bool = True,
+    space: RetainSpace | None = None,
 ) -> dict[str, Any]:
     """One model's feature metrics, as fractions, ready for JSON.
 
@@ -139,8 +55,8 @@ def feature_metrics(
     It is read on held-out images of the forgotten classes (on the forget
     data themselves, where samples are forgotten) and on the other test images.
 
-    Cost: one ``eigh`` of ``[d, d]``, an L-BFGS of at most 300 steps on ``[n, d]``, four restarts of
-    k-means on the test features.
+    Cost: one ``eigh`` of ``[d, d]`` (for kind ``"subspace"`` one more per set of rows), an L-BFGS
+    of at most 300 steps on ``[n, d]``, four restarts of k-means on the test features.
 
     Args:
       key: of the k-means seeds and the probe's sample; the same for models that are compared.
@@ -152,6 +68,7 @@ def feature_metrics(
       near: forget class and two others, for the clusters of these three alone.
       retain_share: share of the retain data that ``retain_train`` holds.
       probe: False leaves the linear probe out; its numbers are None.
+      space: of the retain features, from :func:`space_of`, if it is there already.
 
     Returns:
       ``da``, ``da_test``, ``da_held_out``, ``da_blind_gap``, ``da_per_class``, ``rank``,
@@ -176,29 +93,31 @@ def feature_metrics(
     _check(features)
     (Z_f, y_f), (Z_r, _) = features["forget_train"], features["retain_train"]
     (Z_ft, y_ft), (Z_rt, y_rt) = features["forget_test"], features["retain_test"]
-    aligned = align(Z_f, Z_r, options)
-    da, held_out = float(aligned.value), float(align(Z_rt, Z_r, options).value)
-    classes = {c: Z_f[y_f == c] for c in forget_classes}
+    options = options or AlignmentOptions()
+    space = space if space is not None else space_of(Z_r, options)
+
+    def da_of(Z: np.ndarray) -> float:
+        return float(align_in(space, Z, options).value)
+
+    aligned = align_in(space, Z_f, options)
+    da, held_out = float(aligned.value), da_of(Z_rt)
     probe_key, cluster_key = jax.random.split(key)
     rows = _thinned(probe_key, len(y_f), retain_share if forget_classes else 0.0)
     probed = _probe(features, rows, num_classes) if probe else (None, None)
     Z_t, y_t = Z_rt, y_rt
     if forget_classes:
         Z_t, y_t = np.concatenate([Z_ft, Z_rt]), np.concatenate([y_ft, y_rt])
-    shown = None if near is None else np.isin(y_t, near)
     return {
         "da": da,
-        "da_test": float(align(Z_ft, Z_r, options).value) if len(Z_ft) else None,
+        "da_test": da_of(Z_ft) if len(Z_ft) else None,
         "da_held_out": held_out,
         "da_blind_gap": da - held_out,
-        "da_per_class": {str(c): float(align(Z, Z_r, options).value) for c, Z in classes.items()},
+        "da_per_class": {str(c): da_of(Z_f[y_f == c]) for c in forget_classes},
         "rank": int(aligned.rank),
         "zero_rows": int(aligned.zero_rows),
         **dict(zip(("linear_probe_forget", "linear_probe_retain"), probed, strict=True)),
         **_clusters(cluster_key, Z_t, y_t, num_classes),
-        "near": None
-        if near is None
-        else {"classes": list(near), **_clusters(cluster_key, Z_t[shown], y_t[shown], num_classes)},
+        "near": _near(cluster_key, Z_t, y_t, num_classes, near),
     }
 
 
@@ -226,111 +145,10 @@ def nearest_classes(
     return int(forget_classes[0]), first, second
 
 
-def null_width(retrained: Sequence[Mapping[str, Any]]) -> dict[str, float | None] | None:
-    """Largest difference of each number between two retrained models: what chance alone does.
-
-    Args:
-      retrained: their feature metrics; None is returned for fewer than two.
-
-    Examples:
-      >>> models = [dict.fromkeys(HEADLINE, value) for value in (0.5, 0.75, 0.625)]
-      >>> null_width(models)["da"]
-      0.25
-    """
-    if len(retrained) < 2:
-        return None
-    spread = {key: _numbers(retrained, key) for key in HEADLINE}
-    return {key: float(np.ptp(x)) if len(x) else None for key, x in spread.items()}
-
-
-def inside(
-    model: Mapping[str, Any],
-    retrained: Sequence[Mapping[str, Any]],
-    null: Mapping[str, float | None] | None,
-) -> dict[str, bool | None] | None:
-    """For each number, whether its gap to the retrained models' mean is within the null's width.
-
-    Examples:
-      >>> models = [dict.fromkeys(HEADLINE, value) for value in (0.5, 0.75)]
-      >>> inside(dict.fromkeys(HEADLINE, 1.0), models, null_width(models))["da"]
-      False
-    """
-    if null is None:
-        return None
-    verdicts: dict[str, bool | None] = {}
-    for key in HEADLINE:
-        value, width = model[key], null[key]
-        if value is None or width is None:
-            verdicts[key] = None
-        else:
-            verdicts[key] = abs(value - float(np.mean(_numbers(retrained, key)))) <= width
-    return verdicts
-
-
-def mark(
-    model: Mapping[str, Any],
-    original: Mapping[str, Any],
-    retrained: Sequence[Mapping[str, Any]],
-    null: Mapping[str, float | None] | None,
-    *,
-    whole_classes: bool,
-) -> dict[str, Any]:
-    """``{"forgotten": False, "reason"}`` if the features speak against it, else None and why.
-
-    Features never prove that something is forgotten; they can show that it is not: numbers equal to
-    the original's to the bit, or an alignment nearer the original's than the retrained model's.
-
-    Args:
-      model: its feature metrics.
-      original: those of the original model.
-      retrained: those of the retrained models, none or more.
-      null: from :func:`null_width`.
-      whole_classes: whether classes are forgotten; for samples original and retrained align alike.
-
-    Examples:
-      >>> original, retrained = (dict.fromkeys(HEADLINE, value) for value in (0.5, 1.0))
-      >>> mark(original, original, [retrained], None, whole_classes=True)["forgotten"]
-      False
-      >>> mark(retrained, original, [retrained], None, whole_classes=True)["forgotten"] is None
-      True
-    """
-    if all(model[key] == original[key] for key in HEADLINE):
-        return _not_forgotten("its features are those of the original model, to the bit")
-    if not retrained or not whole_classes:
-        return {
-            "forgotten": None,
-            "reason": "its features differ from the original model's",
-        }
-    target = float(np.mean(_numbers(retrained, "da")))
-    width = (null or {}).get("da") or 0.0
-    if abs(target - original["da"]) <= width:
-        return {
-            "forgotten": None,
-            "reason": "original and retrained model align alike: the alignment tells nothing",
-        }
-    if abs(model["da"] - original["da"]) < abs(model["da"] - target):
-        return _not_forgotten("its alignment is nearer the original's than the retrained model's")
-    return {"forgotten": None, "reason": "its alignment is nearer the retrained model's"}
-
-
-def _not_forgotten(reason: str) -> dict[str, Any]:
-    return {"forgotten": False, "reason": reason}
-
-
-def _numbers(models: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    return [model[key] for model in models if model[key] is not None]
-
-
-def _normed(Z: Float[Array, "n d"], norm: FeatureNorm | None) -> Float[Array, "n d"]:
-    if norm is None:
-        return Z
-    return Z / jnp.maximum(jnp.linalg.norm(Z, axis=1, keepdims=True), 1e-6)
-
-
 def _thinned(key: PRNGKeyArray, n: int, share: float) -> Int[np.ndarray, " m"]:
     """A share of ``n`` rows, drawn without replacement, in stored order."""
-    drawn = jax.random.permutation(key, n)[: round(share * n)]
-    return np.sort(np.asarray(drawn))
+    count = max(1, round(share * n)) if share else 0
+    return np.sort(np.asarray(jax.random.permutation(key, n)[:count]))
 
 
 def _probe(
@@ -356,6 +174,20 @@ def _clusters(key: PRNGKeyArray, Z: np.ndarray, y: np.ndarray, k: int) -> dict[s
     clusters = k_means(key, Z, present)
     table = contingency(y, np.asarray(clusters.assignment), k, present)
     return {"nmi": normalized_mutual_information(table), "f1": pair_f1(table).f1}
+
+
+def _near(
+    key: PRNGKeyArray,
+    Z: np.ndarray,
+    y: Int[np.ndarray, " n"],
+    k: int,
+    classes: Sequence[int] | None,
+) -> dict[str, Any] | None:
+    """Clusters of a few classes alone; None if fewer than two of them have test images."""
+    shown = np.isin(y, classes or ())
+    if classes is None or len(np.unique(y[shown])) < 2:
+        return None
+    return {"classes": list(classes), **_clusters(key, Z[shown], y[shown], k)}
 
 
 def _check(features: Features) -> None:

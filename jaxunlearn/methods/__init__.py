@@ -11,6 +11,7 @@ from jaxunlearn.methods.deep_unlearning_config import DeepUnlearningConfig
 from jaxunlearn.methods.dimensional_alignment import dimensional_alignment
 from jaxunlearn.methods.dimensional_alignment_config import DimensionalAlignmentConfig
 from jaxunlearn.methods.finetune import FinetuneConfig, finetune
+from jaxunlearn.methods.phases import check_trains
 from jaxunlearn.methods.random_labels import RandomLabelsConfig, random_labels
 from jaxunlearn.methods.unsc import unsc
 from jaxunlearn.methods.unsc_config import UNSCConfig
@@ -40,7 +41,7 @@ METHODS: dict[str, Method] = {
         config=DimensionalAlignmentConfig,
         needs=_dimensional_alignment.NEEDS,
         scopes=_dimensional_alignment.SCOPES,
-        summary="features of forget data into the span of retained ones (after arXiv:2407.17710)",
+        summary="forget features into the span of retained ones (reconstructed, arXiv:2407.17710)",
         check=_dimensional_alignment.check_features,
     ),
     "finetune": Method(
@@ -50,6 +51,7 @@ METHODS: dict[str, Method] = {
         needs=_finetune.NEEDS,
         scopes=_finetune.SCOPES,
         summary="baseline: further training on the retain data",
+        check=lambda problem, config: check_trains(problem),
     ),
     "random_labels": Method(
         name="random_labels",
@@ -58,6 +60,7 @@ METHODS: dict[str, Method] = {
         needs=_random_labels.NEEDS,
         scopes=_random_labels.SCOPES,
         summary="baseline: forget data on random labels, then the retain data (arXiv:1911.04933)",
+        check=lambda problem, config: check_trains(problem),
     ),
 }
 

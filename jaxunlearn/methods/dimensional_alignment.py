@@ -27,7 +27,7 @@ from jaxunlearn.layers import LayerSpec
 from jaxunlearn.methods.base import Unlearned, UnlearningProblem, check_problem
 from jaxunlearn.methods.dimensional_alignment_config import DimensionalAlignmentConfig
 from jaxunlearn.methods.dimensional_alignment_run import Run, average
-from jaxunlearn.methods.phases import check_losses
+from jaxunlearn.methods.phases import check_losses, check_trains
 from jaxunlearn.sharding import replicate, unreplicate
 
 NEEDS = frozenset({"forget", "retain"})
@@ -103,8 +103,9 @@ def check_features(
     """Layers of the model and number of its features. Traces, computes nothing.
 
     Raises:
-      ValueError: no retain batches; ``stop = "blind"`` without held-out images; no layer to read
-        features from, or not one that ``layer`` names; a rank above their number.
+      ValueError: no retain batches; a model that has no train mode; ``stop = "blind"`` without
+        held-out images; no layer to read features from, or not one that ``layer`` names; a rank
+        above their number.
     """
     if problem.retain is None:
         raise ValueError("dimensional_alignment trains on retain data: pass retain=Batches(...)")
@@ -113,6 +114,7 @@ def check_features(
             'stop = "blind" needs retained images that the model was not trained on: pass '
             "held_out=Batches(...); in a config write data.validation = 0.1, say"
         )
+    check_trains(problem)
     inputs = problem.forget.inputs[:1]
     specs = describe_layers(problem.apply_fn, problem.variables, inputs)
     forward = with_features(problem.apply_fn, specs, config.layer)

@@ -1,4 +1,8 @@
-"""Settings of dimensional alignment."""
+"""Settings of dimensional alignment.
+
+Reconstructed from the abstract and public summaries of arXiv:2407.17710; formulas and defaults are
+jaxunlearn's.
+"""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -49,7 +53,7 @@ class DimensionalAlignmentConfig:
       momentum: of SGD; one optimiser state runs through both phases.
       weight_decay: of all leaves, added to the gradient before momentum.
       forget_batch_size: forget examples per step.
-      retain_batch_size: retain examples per step.
+      batch_size: retain examples per step.
       retain_fraction: share of the retain data that is used at all, drawn once.
       batch_norm: in the forget phase; ``"eval"`` freezes batch statistics and dropout there, as a
         batch of one class shifts the statistics.
@@ -57,7 +61,8 @@ class DimensionalAlignmentConfig:
       stop: ``"never"`` before ``epochs``; at a ``"target"``; or ``"blind"``, where the alignment of
         the forget data reaches that of the problem's ``held_out`` images under the same model.
       target_alignment: of ``stop = "target"``.
-      target_forget_accuracy: to stop, accuracy on the forget data may not be above it.
+      target_forget_accuracy: to stop, accuracy on the forget data may not be above it; for samples
+        write what a retrained model is expected to have.
     """
 
     distillation: Distillation = "masked"
@@ -77,7 +82,7 @@ class DimensionalAlignmentConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     forget_batch_size: int = 128
-    retain_batch_size: int = 128
+    batch_size: int = 128
     retain_fraction: float = 1.0
     batch_norm: BatchNorm = "train"
     augment: bool = True
@@ -103,6 +108,9 @@ class DimensionalAlignmentConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: wanted at least 1")
+        for name in ("target_alignment", "target_forget_accuracy"):
+            if not 0 <= (getattr(self, name) or 0) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: wanted a fraction in [0, 1]")
         if (self.target_alignment is not None) != (self.stop == "target"):
             raise ValueError(
                 f"target_alignment = {self.target_alignment} with stop = {self.stop!r}: "

@@ -1,4 +1,8 @@
-"""Losses of dimensional alignment: of the forget phase and of the recover phase."""
+"""Losses of dimensional alignment: of the forget phase and of the recover phase.
+
+Reconstructed from the abstract and public summaries of arXiv:2407.17710; formulas and defaults are
+jaxunlearn's.
+"""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,8 @@
-"""Parts of dimensional alignment: its data, its jitted programs, an epoch, and what is measured."""
+"""Parts of dimensional alignment: its data, its jitted programs, an epoch, and what is measured.
+
+Reconstructed from the abstract and public summaries of arXiv:2407.17710; formulas and defaults are
+jaxunlearn's.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -32,7 +36,7 @@ from jaxunlearn.methods.phases import (
 from jaxunlearn.projectors import SpectralProjector
 from jaxunlearn.sharding import replicate, shard_batch
 from jaxunlearn.steps import Augment, Gradient, Step, TrainState, gradient_step, loss_gradient
-from jaxunlearn.subspace import eigenbasis, top_eigenspace
+from jaxunlearn.subspace import top_space
 
 
 class Programs(NamedTuple):
@@ -94,15 +98,10 @@ def _with_batch_basis(
     def based(consts: Mapping[str, Any], variables: Any, x: Mapping[str, Array]) -> tuple:
         _, z = forward(variables, consts["basis_inputs"][x["basis"]])
         z = jnp.where(x["basis_mask"][:, None], z, 0)
-        space = _space(jnp.matmul(z.T, z, precision=HIGHEST), config.energy, config.rank)
+        space = top_space(jnp.matmul(z.T, z, precision=HIGHEST), config.energy, config.rank)
         return gradient({**consts, "projector": space}, variables, x)
 
     return based
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def _space(gram: Float[Array, "d d"], energy: float, rank: int | None) -> SpectralProjector:
-    return top_eigenspace(eigenbasis(gram), energy=energy if rank is None else None, rank=rank)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +141,7 @@ class Run:
         forget_key, retain_key, draw_key = jax.random.split(key, 3)
         keys = {"forget": forget_key, "retain": retain_key, "basis": draw_key}
         forget = problem.forget.with_batch_size(config.forget_batch_size)
-        retain = retained(draw_key, problem, config.retain_fraction, config.retain_batch_size)
+        retain = retained(draw_key, problem, config.retain_fraction, config.batch_size)
         images = config.basis_images or max(2048, 20 * width)
         general = replace(config, alignment_weight=1.0, epochs=1)
         return cls(
@@ -220,7 +219,7 @@ class Run:
             raise FloatingPointError(
                 "dimensional_alignment: the features overflow: lower learning_rate"
             )
-        projector = _space(state.gram, config.energy, config.rank)
+        projector = top_space(state.gram, config.energy, config.rank)
         accuracy, alignment = self._tally(variables, projector, self.forget)
         held_out = self.problem.held_out
         figures = {

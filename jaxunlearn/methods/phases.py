@@ -83,6 +83,27 @@ def retained(
     return problem.retain.sample(key, count).with_batch_size(batch_size)
 
 
+def check_trains(problem: UnlearningProblem) -> None:
+    """Refuse a model that has no train mode, before work starts. Traces, computes nothing.
+
+    Raises:
+      ValueError: a forward pass with ``train=True`` fails.
+    """
+    others = [name for name in problem.variables if name != "params"]
+
+    def forward(variables: Any, inputs: Array) -> Any:
+        mode = {"mutable": others, "rngs": {"dropout": jax.random.key(0)}}
+        return problem.apply_fn(variables, inputs, train=True, **mode)
+
+    try:
+        jax.eval_shape(forward, problem.variables, problem.forget.inputs[:1])
+    except TypeError as error:
+        raise ValueError(
+            f"the model does not train: {error}; give it a keyword train, or write lambda "
+            "variables, x, train=False, **kwargs: model.apply(variables, x, **kwargs)"
+        ) from error
+
+
 class Descent(NamedTuple):
     """A step and its optimiser, whose state runs through all phases."""
 
@@ -110,7 +131,7 @@ def check_descent(config: Any) -> None:
     """
     wanted = {
         "at least 1": (
-            ("epochs", "batch_size", "forget_batch_size", "retain_batch_size"),
+            ("epochs", "batch_size", "forget_batch_size"),
             lambda x: x >= 1,
         ),
         "at least 0": (("learning_rate", "weight_decay"), lambda x: x >= 0),

@@ -87,7 +87,7 @@ def alignment_by_layer(layers: Mapping[str, Mapping[str, float | None]]) -> Figu
     legend_above(axes, *LINES)
     figure.set_label(
         "Dimensional alignment of the forget data in the inputs of every layer, first layer on "
-        "top; the last is the value of the table."
+        "top."
     )
     return figure
 

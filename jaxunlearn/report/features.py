@@ -16,7 +16,7 @@ RECONSTRUCTED = (
 )
 _TARGET = "Bigger is not better: the target of every row is the retrained model's value."
 _READING = (
-    "All rows read the input of the last layer, whatever that layer answers. DA, dimensional "
+    "All rows read features inside the model, whatever its last layer answers. DA, dimensional "
     "alignment, says how far features lie in the leading directions of the retain features of the "
     "same model; held-out retain images show what is usual for unseen data. Linear probe is "
     "the accuracy of a fresh linear classifier, trained on these features and true labels. NMI and "

@@ -126,6 +126,9 @@ def _alignment_curve(report: Mapping[str, Any], epochs: Sequence[Mapping[str, An
     target = report["models"]["retrained"]
     accuracy = None if target is None else target["accuracy"]["forget_train"]
     alignment = representations(report).get("retrained", {}).get("da")
+    ours, theirs = report["method"].get("config", {}), report.get("representation") or {}
+    if any(ours.get(key) != theirs.get(key) for key in ("energy", "rank")) or ours.get("layer"):
+        alignment = None  # of another definition
     return alignment_curve(epochs, target=alignment, target_accuracy=accuracy)
 
 
