@@ -56,12 +56,32 @@ def toy_bands() -> str:
     lines = []
     for name in next(iter(held.values())):
         cells = [f"{value:g}{'' if holds else ' **fails**'}" for value, holds in _row(held, name)]
-        lines.append([name, *cells])
+        lines.append([name.replace("|", r"\|"), *cells])
     return table(["mean over the ten classes", *(f"seed {seed}" for seed in held)], lines)
 
 
 def _row(held: dict[str, Any], name: str) -> list[tuple[float, bool]]:
     return [tuple(results[name]) for results in held.values()]
+
+
+def toy_null() -> str:
+    """What chance alone does to the alignment, and what a test image does."""
+    result = load_results(_NAME)
+    null = result["settings"]["null"]
+    held_out = [
+        abs(row["da_test"] - row["da"]) for row in result["rows"] if row["model"] == "retrained"
+    ]
+    lines = [
+        ["two retrained models, median", f"{100 * null['median']:.2f}"],
+        ["two retrained models, 95 %", f"{100 * null['quantile_95']:.2f}"],
+        ["two retrained models, largest", f"{100 * null['max']:.2f}"],
+        ["cases with the original further away, %", f"{100 * null['original_outside']:.0f}"],
+        [
+            "forget images of train and test, retrained, mean",
+            f"{100 * sum(held_out) / len(held_out):.2f}",
+        ],
+    ]
+    return table(["difference of alignment", "points"], lines)
 
 
 def variants() -> str:

@@ -231,6 +231,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "toy": alignment_tables.toy,
     "toy_ablation": alignment_tables.toy_ablation,
     "toy_bands": alignment_tables.toy_bands,
+    "toy_null": alignment_tables.toy_null,
     "few_retain": alignment_tables.few_retain,
     "variants": alignment_tables.variants,
     "features": alignment_tables.features,

@@ -6,29 +6,29 @@ One forward pass per model and split gives logits and features; the rest is a fu
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxunlearn.activations import last_dense, with_features
 from jaxunlearn.alignment_profile import alignment_profile
 from jaxunlearn.batches import Batches
-from jaxunlearn.capture import ApplyFn, describe_layers
-from jaxunlearn.config import EvaluateConfig
+from jaxunlearn.capture import ApplyFn
+from jaxunlearn.config import EvaluateConfig, RepresentationConfig
 from jaxunlearn.data import Source, Splits
-from jaxunlearn.edits import silence_classes
-from jaxunlearn.evaluation.report import SPLITS, evaluate_model, gap_to_retrain, predict_all
+from jaxunlearn.evaluation.report import SPLITS, evaluate_model, gap_to_retrain
 from jaxunlearn.evaluation.representation import pca_embedding, pseudo_label_histogram
-from jaxunlearn.feature_assessment import assess_features
-from jaxunlearn.layers import LayerSpec
+from jaxunlearn.feature_assessment import FeatureAssessment, assess_features
+from jaxunlearn.model_outputs import (
+    Outputs,
+    Reader,
+    features_of,
+    logits_of,
+    reader_of,
+    silenced,
+)
 from jaxunlearn.saliency_assessment import saliency_arrays
-from jaxunlearn.sharding import replicate, shard_batch
 
 _LARGE, _SAMPLE = 20_000, 5_000
 _EMBEDDED = 2_000  # test images in the embedding: more would not be told apart
-
-# Of one model, by split: logits [n, k], features [n, d] (d = 0 where there are none), labels [n].
-Outputs = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 class Assessment(NamedTuple):
@@ -104,155 +104,97 @@ def assess(
         if len(at)
     }
     given = {name: variables for name, variables in models.items() if variables is not None}
-    k, inputs = source.num_classes, data["forget_train"].inputs[:1]
-    reader = _reader(apply_fn, given["original"], inputs, config.representation.layer)
-
-    def read(variables: Any) -> Outputs:
-        placed = replicate(mesh, variables)
-        return {s: _outputs(reader.forward, placed, data.get(s), k, mesh) for s in SPLITS}
-
-    outputs = {name: read(variables) for name, variables in given.items()}
+    k, layer = source.num_classes, config.representation.layer
+    reader = reader_of(apply_fn, given["original"], data["forget_train"].inputs[:1], layer)
+    outputs = {name: reader.read(variables, data, k, mesh) for name, variables in given.items()}
     if splits.forget_classes:
-        edited = _head_edit(reader.head, given["original"], splits.forget_classes, k)
+        edited = reader.head_edit(given["original"], splits.forget_classes, k)
         outputs["head_edit"] = (
-            _silenced(outputs["original"], splits.forget_classes)
+            silenced(outputs["original"], splits.forget_classes)
             if edited is None
-            else read(edited)
+            else reader.read(edited, data, k, mesh)
         )
     judged = {
         name: _judged(name, outputs[name], config, k, seed) if name in outputs else None
         for name in (*models, "head_edit")
     }
-    gaps, labels = gap_to_retrain(judged), None
-    if pseudo is not None:
-        retrained = None
-        if "retrained" in given:
-            retrained = outputs["retrained"]["forget_train"][0].argmax(-1)
-        labels = pseudo_label_histogram(pseudo, retrained, k)._asdict()
-    arrays, notes, found = dict[str, np.ndarray](), list(reader.notes), None
+    gaps, arrays, notes = gap_to_retrain(judged), dict[str, np.ndarray](), list(reader.notes)
     if reader.specs:
         arrays, more = _embeddings({name: outputs[name] for name in given}, splits, seed)
         notes += more
+    settings = None
     judges = reader.specs and config.representation.enabled
     if judges and not len(splits.retain_test):
         notes.append("There are no retained test images, so features are not judged.")
     elif judges:
-        profiles = {}
-        if config.representation.profile:
-            profiles = {
-                name: alignment_profile(
-                    apply_fn,
-                    reader.specs,
-                    variables,
-                    data["forget_train"],
-                    data["retain_train"],
-                    energy=config.representation.energy,
-                    rank=config.representation.rank,
-                    mesh=mesh,
-                )
-                for name, variables in given.items()
-            }
         found = assess_features(
-            {name: _features(each) for name, each in outputs.items()},
-            [_features(read(variables)) for variables in references],
+            {name: features_of(each) for name, each in outputs.items()},
+            [features_of(reader.read(variables, data, k, mesh)) for variables in references],
             k,
             splits.forget_classes,
             config.representation,
-            retain_share=len(rows["retain_train"][1]) / len(splits.retain),
+            retain_share=len(data["retain_train"].labels) / len(splits.retain),
             layer=reader.layer,
-            profiles=profiles,
+            profiles=_profiles(apply_fn, reader, given, data, config.representation, mesh),
             seed=seed,
         )
-        arrays |= found.arrays
-        for name, model in judged.items():
-            if model is not None:
-                model["representation"] = found.models[name]
-        for name, gap in (gaps or {}).items():
-            gap["representation"] = (found.gaps or {})[name]
+        settings, arrays = found.settings, arrays | found.arrays
+        _enter(judged, gaps, found)
     explained, more = saliency_arrays(
-        apply_fn, given, rows, {name: _logits(outputs[name]) for name in given}, seed
+        apply_fn, given, rows, {name: logits_of(outputs[name]) for name in given}, seed
     )
-    settings = None if found is None else found.settings
+    labels = None if pseudo is None else _pseudo_labels(pseudo, outputs.get("retrained"), k)
     return Assessment(judged, gaps, settings, labels, arrays | explained, notes + more)
 
 
-class _Reader(NamedTuple):
-    """How logits and features are read.
-
-    Attributes:
-      forward: ``(variables, inputs) -> (logits, features)``; without features these are ``[b, 0]``.
-      specs: the layers, empty without features.
-      head: the last dense layer, if there is one.
-      layer: where the features are from, in words.
-      notes: what is not there, and why.
-    """
-
-    forward: ApplyFn
-    specs: dict[str, LayerSpec]
-    head: LayerSpec | None
-    layer: str
-    notes: tuple[str, ...] = ()
-
-
-def _reader(apply_fn: ApplyFn, variables: Any, inputs: Any, layer: str | None) -> _Reader:
-    try:
-        specs = describe_layers(apply_fn, variables, inputs)
-        dense = any(spec.conv is None for spec in specs.values())
-        head = last_dense(specs) if layer is None or dense else None
-    except ValueError as error:  # no layers that are known, or no dense one to read from
-
-        def forward(variables: Any, x: Any) -> tuple:
-            return apply_fn(variables, x), jnp.zeros((x.shape[0], 0))
-
-        return _Reader(forward, {}, None, "", (f"There are no features to judge: {error}",))
-    where = f"input of {head.path}" if layer is None and head is not None else str(layer)
-    return _Reader(with_features(apply_fn, specs, layer), specs, head, where)
+def _profiles(
+    apply_fn: ApplyFn,
+    reader: Reader,
+    models: Mapping[str, Any],
+    data: Mapping[str, Batches],
+    config: RepresentationConfig,
+    mesh: Mesh | None,
+) -> dict[str, dict[str, float]]:
+    """The alignment of every layer of every model, if the config asks for it."""
+    sides = data["forget_train"], data["retain_train"]
+    return {
+        name: alignment_profile(
+            apply_fn,
+            reader.specs,
+            variables,
+            *sides,
+            energy=config.energy,
+            rank=config.rank,
+            mesh=mesh,
+        )
+        for name, variables in models.items()
+        if config.profile
+    }
 
 
-def _head_edit(
-    head: LayerSpec | None, variables: Any, classes: Sequence[int], k: int
-) -> Any | None:
-    """The control's variables; None where no bias of the head can be edited."""
-    if head is None or head.d_out != k:
-        return None
-    params = silence_classes(variables["params"], head, classes)
-    return None if params is None else {**variables, "params": params}
+def _enter(
+    judged: Mapping[str, dict[str, Any] | None],
+    gaps: Mapping[str, dict[str, Any]] | None,
+    found: FeatureAssessment,
+) -> None:
+    """Put the feature metrics beside each model's other numbers, and their gaps beside its gaps."""
+    for name, model in judged.items():
+        if model is not None:
+            model["representation"] = found.models[name]
+    for name, gap in (gaps or {}).items():
+        gap["representation"] = (found.gaps or {})[name]
 
 
-def _silenced(original: Outputs, classes: Sequence[int]) -> Outputs:
-    """The same control at the outputs: the forgotten classes' logits as low as its bias."""
-    control = {}
-    for split, (logits, z, labels) in original.items():
-        lowered = logits.copy()
-        lowered[:, list(classes)] = -1e4
-        control[split] = lowered, z, labels
-    return control
-
-
-def _outputs(
-    forward: ApplyFn, variables: Any, batches: Batches | None, k: int, mesh: Mesh | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if batches is None:
-        return np.zeros((0, k), np.float32), np.zeros((0, 0), np.float32), np.zeros(0, np.int32)
-    split = (shard_batch(mesh, batch) for batch in batches)
-    logits, z = predict_all(forward, variables, split)
-    return logits, z, np.asarray(batches.labels)
-
-
-def _logits(outputs: Outputs) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    return {split: (logits, labels) for split, (logits, _, labels) in outputs.items()}
-
-
-def _features(outputs: Outputs) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    width = outputs["retain_train"][1].shape[1]
-    return {split: (z.reshape(-1, width), y) for split, (_, z, y) in outputs.items()}
+def _pseudo_labels(pseudo: np.ndarray, retrained: Outputs | None, k: int) -> dict[str, Any]:
+    predicted = None if retrained is None else retrained["forget_train"][0].argmax(-1)
+    return pseudo_label_histogram(pseudo, predicted, k)._asdict()
 
 
 def _judged(
     name: str, outputs: Outputs, config: EvaluateConfig, k: int, seed: int
 ) -> dict[str, Any]:
     try:
-        return evaluate_model(_logits(outputs), k, members=config.members, seed=seed)
+        return evaluate_model(logits_of(outputs), k, members=config.members, seed=seed)
     except ValueError as error:
         raise ValueError(f"{name} model: {error}") from error
 

@@ -26,7 +26,12 @@ ORDER = (
     ("edits", "guard", "training", "transforms"),
     ("evaluation", "guard_files", "methods"),
     ("exported", "store"),
-    ("alignment_profile", "feature_assessment", "saliency_assessment"),  # parts of the experiment
+    (
+        "alignment_profile",
+        "feature_assessment",
+        "model_outputs",
+        "saliency_assessment",
+    ),  # parts of the experiment
     ("assessment", "network", "progress", "stages"),
     ("preparation",),
     ("run_report",),
