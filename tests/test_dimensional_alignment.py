@@ -536,9 +536,7 @@ def test_without_held_out_images_none_are_judged(problem, whole):
         ("joint", 2, 2 * 12, 2 * 12 / 3),
     ],
 )
-def test_steps_and_passes_are_counted(
-    problem, alternation, batch_size, steps, forget_passes
-):
+def test_steps_and_passes_are_counted(problem, alternation, batch_size, steps, forget_passes):
     costs = prepared(
         problem, alternation=alternation, batch_size=batch_size, retain_fraction=0.99
     ).costs(2)

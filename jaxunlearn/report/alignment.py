@@ -86,8 +86,7 @@ def alignment_by_layer(layers: Mapping[str, Mapping[str, float | None]]) -> Figu
     axes.set_xlabel("alignment (%)")
     legend_above(axes, *LINES)
     figure.set_label(
-        "Dimensional alignment of the forget data in the inputs of every layer, first layer on "
-        "top."
+        "Dimensional alignment of the forget data in the inputs of every layer, first layer on top."
     )
     return figure
 
