@@ -131,8 +131,7 @@ def _notes(
     if (sampled := _sample_size(prepared.splits, config)) is not None:
         notes.append(
             f"Retain accuracy on the train set is that of a fixed random sample of {sampled:,} of "
-            f"{len(retain):,} images; features of the same sample span the retain space and fit the "
-            "linear probe."
+            f"{len(retain):,} images; its features span the retain space and fit the linear probe."
         )
     if has_reference(config) and (given["original"] is None) != (given["retrained"] is None):
         ours, theirs = "original", "retrained"
