@@ -170,8 +170,8 @@ def principal_angles(
 
     Examples:
       >>> U, V = jnp.eye(3)[:, :2], jnp.eye(3)[:, 1:]
-      >>> jnp.degrees(principal_angles(U, V)).round(3).tolist()
-      [0.0, 90.0]
+      >>> [round(angle) for angle in jnp.degrees(principal_angles(U, V)).tolist()]
+      [0, 90]
     """
     if U.shape[-1] < V.shape[-1]:
         U, V = V, U

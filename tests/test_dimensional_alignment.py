@@ -570,10 +570,10 @@ def test_a_sweep_over_weights_and_epochs_compiles_once(problem):
 
     request = dataclasses.replace(problem, apply_fn=counted)
     run(request)
-    # The two checks, the layers, the Gram, the accuracy and the two steps.
-    assert len(traced) == 7
+    # The three checks, the layers, the Gram, the accuracy and the two steps.
+    assert len(traced) == 8
     run(request, alignment_weight=3.0, epochs=1, key=jax.random.key(5))
-    assert len(traced) <= 7 + 3
+    assert len(traced) <= 8 + 4
 
 
 # --- stop rules -----------------------------------------------------------------------------------

@@ -97,7 +97,8 @@ def finetune(
     """
     config = config or FinetuneConfig()
     check_problem(problem, method="finetune", needs=NEEDS, scopes=SCOPES)
-    check_trains(problem)
+    if config.batch_norm == "train":
+        check_trains(problem)
     descent = _programs(problem.apply_fn, replace(config, epochs=1), problem.augment)
     _, retain_key, draw_key = jax.random.split(key, 3)
     retain = retained(draw_key, problem, config.retain_fraction, config.batch_size)

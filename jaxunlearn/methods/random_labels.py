@@ -117,7 +117,8 @@ def random_labels(
     config = config or RandomLabelsConfig()
     needs = NEEDS if config.retain_pass else NEEDS - {"retain"}
     check_problem(problem, method="random_labels", needs=needs, scopes=SCOPES)
-    check_trains(problem)
+    if config.batch_norm == "train":
+        check_trains(problem)
     forget_step, retain = _programs(problem.apply_fn, replace(config, epochs=1), problem.augment)
     forget_key, retain_key, draw_key = jax.random.split(key, 3)
     gone = problem.forget.with_batch_size(config.forget_batch_size)
