@@ -51,12 +51,14 @@ if TYPE_CHECKING:
     from jaxunlearn.methods import DeepUnlearningConfig as DeepUnlearningConfig
     from jaxunlearn.methods import DimensionalAlignmentConfig as DimensionalAlignmentConfig
     from jaxunlearn.methods import FinetuneConfig as FinetuneConfig
+    from jaxunlearn.methods import ForgetVectorsConfig as ForgetVectorsConfig
     from jaxunlearn.methods import RandomLabelsConfig as RandomLabelsConfig
     from jaxunlearn.methods import Unlearned as Unlearned
     from jaxunlearn.methods import UnlearningProblem as UnlearningProblem
     from jaxunlearn.methods import UNSCConfig as UNSCConfig
     from jaxunlearn.methods import deep_unlearning as deep_unlearning
     from jaxunlearn.methods import finetune as finetune
+    from jaxunlearn.methods import learn_forget_vectors as learn_forget_vectors
     from jaxunlearn.methods import random_labels as random_labels
     from jaxunlearn.methods import unsc as unsc
     from jaxunlearn.network import with_preprocessing as with_preprocessing
@@ -104,6 +106,7 @@ _HOME = {
     "DualProjector": "projectors",
     "Eigenbasis": "subspace",
     "FinetuneConfig": "methods",
+    "ForgetVectorsConfig": "methods",
     "GramState": "gram",
     "LayerSpec": "layers",
     "METHODS": "methods",
@@ -147,6 +150,7 @@ _HOME = {
     "k_means": "evaluation.clustering",
     "layer_inputs": "capture",
     "leading_space": "subspace",
+    "learn_forget_vectors": "methods",
     "linear_probe": "evaluation.probe",
     "load_config": "config",
     "load_source": "sources",

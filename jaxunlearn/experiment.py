@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -78,7 +79,9 @@ def run(
     if until == "train":
         return None
     models["unlearned"], records["unlearn"] = folder.stage(
-        "unlearned", template, lambda: _unlearned(prepared, keys["unlearn"], models["original"])
+        "unlearned",
+        _unlearned_template(prepared),
+        lambda: _unlearned(prepared, keys["unlearn"], models["original"]),
     )
     if until == "unlearn":
         return None
@@ -170,6 +173,15 @@ def _fit(
         )
     earlier = sum(epoch["seconds"] for epoch in fitted.history if epoch["epoch"] not in here)
     return fitted.variables, {"history": fitted.history, "seconds": earlier}
+
+
+def _unlearned_template(prepared: Prepared) -> Any:
+    """Shapes of what the method returns: the model's, and those of a guard."""
+    if not prepared.method.guards:
+        return prepared.network.template
+    shape = prepared.source.train.inputs.shape[1:]
+    delta = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return {**prepared.network.template, "guard": {"delta": delta}}
 
 
 def _unlearned(prepared: Prepared, key: jax.Array, original: Any) -> tuple[Any, dict]:

@@ -118,6 +118,7 @@ def unlearning_problem(prepared: Prepared, variables: Any) -> UnlearningProblem:
         num_classes=prepared.source.num_classes,
         forget_classes=splits.forget_classes,
         augment=prepared.augment,
+        pixel_scale=prepared.config.data.scale or prepared.source.scale,
         mesh=prepared.mesh,
         held_out=held_out,
         selection=selection,

@@ -4,17 +4,25 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxunlearn.assessment import assess, retain_sample
 from jaxunlearn.config import RunConfig, to_mapping
 from jaxunlearn.data import Source, Splits
 from jaxunlearn.evaluation.report import json_value
+from jaxunlearn.forget_vector_report import (
+    guarded,
+    mark_guarded,
+    vector_figures,
+    with_random_delta,
+)
 from jaxunlearn.preparation import Prepared, has_reference
 from jaxunlearn.report import write_report
 from jaxunlearn.stages import RunFolder, measured
 
 SCHEMA_VERSION = 1
+_RANDOM = 7  # of the control's key
 
 
 def evaluated(
@@ -40,10 +48,17 @@ def evaluated(
     info = dict(records["unlearn"]["info"])
     pseudo = info.pop("pseudo_labels", None)
     said = info.pop("notes", [])
+    judged = {name: models[name] for name in ("original", "retrained", "unlearned")}
+    apply_fn = prepared.network.apply_fn
+    if prepared.method.guards:
+        scale = config.data.scale or source.scale
+        apply_fn = guarded(apply_fn, scale=scale, clip=prepared.method_config.clip)
+        key = jax.random.fold_in(jax.random.key(config.seed), _RANDOM)
+        judged["random_vector"] = with_random_delta(key, models["unlearned"])
     with measured() as cost:
         result = assess(
-            prepared.network.apply_fn,
-            {name: models[name] for name in ("original", "retrained", "unlearned")},
+            apply_fn,
+            judged,
             source,
             splits,
             config.evaluate,
@@ -52,6 +67,8 @@ def evaluated(
             references=references,
             mesh=prepared.mesh,
         )
+    if prepared.method.guards:
+        mark_guarded(result.models)
     environment = folder.environment
     notes = _notes(prepared, records, environment) + said + result.notes
     records = records | {"evaluate": cost()._asdict()}
@@ -64,6 +81,7 @@ def evaluated(
         "gap_to_retrain": result.gaps,
         "representation": result.representation,
         "pseudo_labels": result.pseudo_labels,
+        "forget_vector": vector_figures(result.models) if prepared.method.guards else None,
         "method": {
             "name": prepared.method.name,
             "config": dataclasses.asdict(prepared.method_config),
@@ -80,7 +98,10 @@ def evaluated(
         "notes": notes,
     }
     report = json_value(report)
-    write_report(folder.path, report, result.arrays)
+    arrays = result.arrays
+    if prepared.method.guards:
+        arrays = arrays | {"forget_vector": np.asarray(models["unlearned"]["guard"]["delta"])}
+    write_report(folder.path, report, arrays)
     return report
 
 

@@ -29,6 +29,7 @@ ORDER = (
     (
         "alignment_profile",
         "feature_assessment",
+        "forget_vector_report",
         "model_outputs",
         "saliency_assessment",
     ),  # parts of the experiment

@@ -30,6 +30,7 @@ from jaxunlearn.methods import (
     DeepUnlearningConfig,
     DimensionalAlignmentConfig,
     FinetuneConfig,
+    ForgetVectorsConfig,
     RandomLabelsConfig,
     UNSCConfig,
 )
@@ -258,6 +259,7 @@ def _written(value):
         ("unsc.md", UNSCConfig),
         ("deep-unlearning.md", DeepUnlearningConfig),
         ("dimensional-alignment.md", DimensionalAlignmentConfig),
+        ("forget-vectors.md", ForgetVectorsConfig),
         ("baselines.md", FinetuneConfig),
         ("baselines.md", RandomLabelsConfig),
     ],

@@ -39,6 +39,8 @@ class UnlearningProblem:
       grams: ``{class: {path: GramState}}``, and ``"total"`` for all training data together; methods
         that get them never touch ``retain`` for its Grams. Those of forgotten classes may be there;
         for a set of samples, class Grams are of the retain data.
+      pixel_scale: ``inputs / pixel_scale`` are pixels in [0, 1]: 255 for uint8 images. Read by
+        methods that change inputs.
       mesh: devices over which a method splits its batches; None for one. Variables and data lie on
         one device all the same, and so does the result.
       held_out: retained images that the model was not trained on, for methods that stop by them.
@@ -54,6 +56,7 @@ class UnlearningProblem:
     forget_classes: tuple[int, ...] = ()
     augment: Augment | None = None
     grams: Mapping[int | str, Mapping[str, GramState]] | None = None
+    pixel_scale: float = 1.0
     mesh: Mesh | None = None
     held_out: Batches | None = None
     selection: tuple[Batches, Batches] | None = None
@@ -75,7 +78,8 @@ class Method(NamedTuple):
     """A row of ``METHODS``: the method, its config type, the data it needs, its scopes.
 
     ``check(problem, config)`` refuses settings that do not fit a problem; shapes of variables will
-    do, so that a run can ask before it trains.
+    do, so that a run can ask before it trains. ``guards`` says that the result is the original with
+    a collection ``guard`` (:mod:`jaxunlearn.guard`).
     """
 
     name: str
@@ -85,6 +89,7 @@ class Method(NamedTuple):
     scopes: frozenset[str]
     summary: str
     check: Callable[[UnlearningProblem, Any], object] = lambda problem, config: None
+    guards: bool = False
 
 
 def check_problem(

@@ -18,9 +18,9 @@ from jaxunlearn.methods.base import Unlearned, UnlearningProblem, check_problem
 from jaxunlearn.methods.phases import (
     BatchNorm,
     Descent,
+    check_descends,
     check_descent,
     check_losses,
-    check_trains,
     descent_of,
     phase_consts,
     retained,
@@ -97,8 +97,7 @@ def finetune(
     """
     config = config or FinetuneConfig()
     check_problem(problem, method="finetune", needs=NEEDS, scopes=SCOPES)
-    if config.batch_norm == "train":
-        check_trains(problem)
+    check_descends(problem, config)
     descent = _programs(problem.apply_fn, replace(config, epochs=1), problem.augment)
     _, retain_key, draw_key = jax.random.split(key, 3)
     retain = retained(draw_key, problem, config.retain_fraction, config.batch_size)

@@ -83,6 +83,12 @@ def retained(
     return problem.retain.sample(key, count).with_batch_size(batch_size)
 
 
+def check_descends(problem: UnlearningProblem, config: Any) -> None:
+    """:func:`check_trains`, unless the config trains in inference mode (``batch_norm``)."""
+    if config.batch_norm == "train":
+        check_trains(problem)
+
+
 def check_trains(problem: UnlearningProblem) -> None:
     """Refuse a model that has no train mode, before work starts. Traces, computes nothing.
 

@@ -25,9 +25,9 @@ from jaxunlearn.methods.labels import random_label
 from jaxunlearn.methods.phases import (
     BatchNorm,
     Descent,
+    check_descends,
     check_descent,
     check_losses,
-    check_trains,
     descent_of,
     phase_consts,
     retained,
@@ -117,8 +117,7 @@ def random_labels(
     config = config or RandomLabelsConfig()
     needs = NEEDS if config.retain_pass else NEEDS - {"retain"}
     check_problem(problem, method="random_labels", needs=needs, scopes=SCOPES)
-    if config.batch_norm == "train":
-        check_trains(problem)
+    check_descends(problem, config)
     forget_step, retain = _programs(problem.apply_fn, replace(config, epochs=1), problem.augment)
     forget_key, retain_key, draw_key = jax.random.split(key, 3)
     gone = problem.forget.with_batch_size(config.forget_batch_size)

@@ -25,6 +25,7 @@ from jaxunlearn.report.markdown import render_markdown
 from jaxunlearn.report.saliency import saliency_panels
 from jaxunlearn.report.spectra import angle_lines, spectrum_panels
 from jaxunlearn.report.tables import console_table, summary_rows
+from jaxunlearn.report.vector import vector_image
 
 __all__ = [
     "alignment_by_layer",
@@ -51,5 +52,6 @@ __all__ = [
     "spectrum_panels",
     "subspace_bars",
     "summary_rows",
+    "vector_image",
     "write_report",
 ]

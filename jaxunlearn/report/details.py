@@ -9,6 +9,14 @@ from jaxunlearn.report.tables import MISSING, MODELS, percent, points
 
 FACTS = ("name", "value")
 _LONGEST = 160
+_ROLES = {"with": "with it", "without": "without it", "random": "random, same norm"}
+_VECTOR = {
+    "ua": "error on forget train",
+    "ra": "retain train",
+    "ta": "retain test",
+    "pr": "error on forget test",
+    "mia_efficacy": "MIA efficacy",
+}
 
 
 class Section(NamedTuple):
@@ -46,6 +54,7 @@ def details(report: Mapping[str, Any]) -> list[Section]:
         *(_row_section(key.capitalize(), rows) for key, rows in listed.items()),
         _feature_section(report),
         Section("Feature settings", FACTS, _facts(report.get("representation") or {})),
+        _vector_section(report.get("forget_vector")),
         _attack_section(report["models"]),
         _cost_section(report["seconds"], report["peak_memory_mb"]),
         _pseudo_label_section(report["pseudo_labels"]),
@@ -121,6 +130,15 @@ def _attack_section(models: Mapping[str, Any]) -> Section:
     keys = list(dict.fromkeys(key for detail in flat.values() for key in detail))
     rows = [(key, *(printed(flat[name].get(key)) for name in MODELS)) for key in keys]
     return Section("Membership attack", ("", *MODELS), rows)
+
+
+def _vector_section(roles: Mapping[str, Any] | None) -> Section:
+    """The guarded model beside its controls: no vector, and a random one of the same norm."""
+    rows = []
+    for name, label in _VECTOR.items():
+        if roles:
+            rows.append((label, *(percent(roles[role][name]) for role in roles)))
+    return Section("Forget vector", ("", *(_ROLES[role] for role in roles or ())), rows)
 
 
 def _pseudo_label_section(pseudo: Mapping[str, Any] | None) -> Section:

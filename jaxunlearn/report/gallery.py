@@ -23,6 +23,7 @@ from jaxunlearn.report.grids import MEASURES, alpha_heat_map
 from jaxunlearn.report.saliency import saliency_panels
 from jaxunlearn.report.spectra import angle_lines, spectrum_panels
 from jaxunlearn.report.tables import MODELS
+from jaxunlearn.report.vector import vector_image
 from jaxunlearn.report.wording import selected_on
 
 
@@ -70,6 +71,9 @@ def report_figures(
     if "embedding_labels" in arrays:
         figures["Embedding"] = _embedding(arrays, problem)
     figures |= _feature_figures(report, arrays)
+    delta = arrays.get("forget_vector")
+    if delta is not None and delta.ndim == 3 and delta.shape[-1] in (1, 3):
+        figures["Forget vector"] = vector_image(delta)
     if report["pseudo_labels"] is not None:
         figures["Pseudo-labels"] = _pseudo_labels(report["pseudo_labels"], classes)
     return figures | _method_figures(report)

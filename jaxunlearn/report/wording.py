@@ -130,7 +130,21 @@ def findings(report: Mapping[str, Any]) -> list[str]:
             f"Retain train is measured on {counts['retain_sample']:,} examples drawn once "
             f"from {counts['retain_train']:,}."
         )
-    return sentences + _search(report)
+    return sentences + _vector(report) + _search(report)
+
+
+def _vector(report: Mapping[str, Any]) -> list[str]:
+    """The limits of a forget vector, with its controls."""
+    if not (roles := report.get("forget_vector")):
+        return []
+    with_it, without, random = (
+        percent(roles[role]["ua"]) for role in ("with", "without", "random")
+    )
+    return [
+        f"Suppressed at the input, no weight changed: error on forget train {with_it} with the "
+        f"vector, {without} without it (whoever leaves it out has the original), {random} with a "
+        "random vector of the same norm."
+    ]
 
 
 def _search(report: Mapping[str, Any]) -> list[str]:
