@@ -153,8 +153,8 @@ def toy_cases(
         prepared = prepared._replace(network=_network())  # else every case compiles its own
         keys = jax.random.split(jax.random.key(seed), 3)
         if original is None:
-            original = _trained(prepared, keys[0], prepared.splits.train)
-        retrained = _trained(prepared, keys[1], prepared.splits.retain)
+            original = trained(prepared, keys[0], prepared.splits.train)
+        retrained = trained(prepared, keys[1], prepared.splits.retain)
         judge = _Judge(prepared, probe)
         for name, variables in {
             "original": original,
@@ -181,7 +181,7 @@ def _default(method: str) -> Any:
     return METHODS[method].config(**{k: v for k, v in sizes.items() if k in names})
 
 
-def _trained(prepared: Prepared, key: jax.Array, rows: np.ndarray) -> Any:
+def trained(prepared: Prepared, key: jax.Array, rows: np.ndarray) -> Any:
     """A model as ``jaxunlearn run`` trains it."""
     batches, config = training_batches(prepared, rows), prepared.config.train
     init_key, fit_key = jax.random.split(key)

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import alignment_tables
+from benchmarks import alignment_tables, vector_tables
 from benchmarks.alignment_tables import percent as _percent
 from benchmarks.alignment_tables import table as _table
 from benchmarks.common import RESULTS, load_results, train_score
@@ -236,6 +236,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "variants": alignment_tables.variants,
     "features": alignment_tables.features,
     "backdoor": alignment_tables.backdoor,
+    "vectors": vector_tables.toy,
+    "vector_requests": vector_tables.requests,
+    "vector_seconds": vector_tables.seconds,
     "imported": imported,
     "speed": speed,
 }

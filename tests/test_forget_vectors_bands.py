@@ -145,6 +145,7 @@ def check_blind(toy, classes, grid):
     assert np.mean(kept) >= 0.985
 
 
+@pytest.mark.slow
 def test_the_blind_rule_chooses_a_small_beta_that_holds_the_bands(toy):
     check_blind(toy, [3, 8], (1.0, 3.0, 4.0))
 
@@ -154,6 +155,7 @@ def test_the_blind_rule_does_so_for_every_class_from_the_whole_grid(toy):
     check_blind(toy, CLASSES, (1.0, *map(float, range(3, 11))))
 
 
+@pytest.mark.slow
 def test_random_samples_cannot_be_told_from_the_rest(toy, default):
     """UA + RA stays near 1, where a class reaches 2.
 
@@ -177,6 +179,7 @@ def test_random_samples_cannot_be_told_from_the_rest(toy, default):
         assert errors[-1] > 0.7
 
 
+@pytest.mark.slow
 def test_several_classes_are_suppressed_by_one_vector_and_by_the_plain_sum_of_theirs(toy, default):
     problem = toy.divided(np.isin(toy.labels, (0, 1)), (0, 1))
     info = forget_vectors(KEY, problem, RECIPE).info
