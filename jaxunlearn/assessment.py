@@ -13,7 +13,7 @@ from jaxunlearn.alignment_profile import alignment_profile
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import ApplyFn
 from jaxunlearn.config import EvaluateConfig, RepresentationConfig
-from jaxunlearn.data import Source, Splits
+from jaxunlearn.data import Examples, Source, Splits
 from jaxunlearn.evaluation.report import SPLITS, evaluate_model, gap_to_retrain
 from jaxunlearn.evaluation.representation import pca_embedding, pseudo_label_histogram
 from jaxunlearn.feature_assessment import FeatureAssessment, assess_features
@@ -66,6 +66,20 @@ def retain_sample(splits: Splits, config: EvaluateConfig, seed: int) -> np.ndarr
     return np.sort(np.random.default_rng(seed).choice(splits.retain, size, replace=False))
 
 
+def measured_rows(
+    source: Source, splits: Splits, config: EvaluateConfig, seed: int
+) -> dict[str, tuple[Examples, np.ndarray]]:
+    """Of each split the examples it is in, and its rows there that are measured."""
+    rows = {
+        "forget_train": (source.train, splits.forget),
+        "retain_train": (source.train, retain_sample(splits, config, seed)),
+        "forget_test": (source.test, splits.forget_test),
+        "retain_test": (source.test, splits.retain_test),
+    }
+    assert tuple(rows) == SPLITS
+    return rows
+
+
 def assess(
     apply_fn: ApplyFn,
     models: Mapping[str, Any],
@@ -91,13 +105,7 @@ def assess(
       references: variables of further retrained models: what chance alone does to features.
       mesh: devices over which the batches are split.
     """
-    rows = {
-        "forget_train": (source.train, splits.forget),
-        "retain_train": (source.train, retain_sample(splits, config, seed)),
-        "forget_test": (source.test, splits.forget_test),
-        "retain_test": (source.test, splits.retain_test),
-    }
-    assert tuple(rows) == SPLITS
+    rows = measured_rows(source, splits, config, seed)
     data = {
         split: Batches(examples.inputs[at], examples.labels[at], config.batch_size)
         for split, (examples, at) in rows.items()

@@ -184,6 +184,14 @@ class RepresentationConfig:
 
 
 @dataclass(frozen=True)
+class ShiftsConfig:
+    """``[evaluate.shifts]``: the models on shifted copies of the images."""
+
+    enabled: bool = False
+    max_images: Positive = 2000  # of each split, drawn by the seed
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """``[evaluate]``: how the models are compared."""
 
@@ -191,6 +199,7 @@ class EvaluateConfig:
     batch_size: Positive = 512
     members: Literal["first", "random"] = "first"  # retain images of the membership attack
     representation: RepresentationConfig = field(default_factory=RepresentationConfig)
+    shifts: ShiftsConfig = field(default_factory=ShiftsConfig)
 
 
 @dataclass(frozen=True)

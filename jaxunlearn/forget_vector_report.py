@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from jaxunlearn.capture import ApplyFn
+from jaxunlearn.evaluation.report import unlearning_figures
 from jaxunlearn.guard import guard
 
 _ROLES = {"with": "unlearned", "without": "original", "random": "random_vector"}
@@ -59,12 +60,9 @@ def mark_guarded(models: Mapping[str, Any]) -> None:
 def vector_figures(models: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """``{with, without, random: {ua, ra, ta, pr, mia_efficacy}}``, as fractions.
 
-    ``ua`` is the error on the forget data, ``ra`` the accuracy on the retain data, ``ta`` that on
-    the test data (without the forgotten classes), ``pr`` the error on their test images (None for
-    samples), ``mia_efficacy`` the share of forget data that the attack calls non-members.
-
     Args:
-      models: the ``models`` part of a report, with ``"random_vector"``.
+      models: the ``models`` part of a report, with ``"random_vector"``; the figures are those of
+        :func:`jaxunlearn.evaluation.report.unlearning_figures`.
 
     Examples:
       >>> accuracy = {"forget_train": 0.25, "retain_train": 1.0, "retain_test": 0.5}
@@ -72,14 +70,4 @@ def vector_figures(models: Mapping[str, Any]) -> dict[str, dict[str, float | Non
       >>> vector_figures(dict.fromkeys(("original", "unlearned", "random_vector"), model))["with"]
       {'ua': 0.75, 'ra': 1.0, 'ta': 0.5, 'pr': None, 'mia_efficacy': 1.0}
     """
-    figures = {}
-    for role, name in _ROLES.items():
-        accuracy, unseen = models[name]["accuracy"], models[name]["accuracy"]["forget_test"]
-        figures[role] = {
-            "ua": 1 - accuracy["forget_train"],
-            "ra": accuracy["retain_train"],
-            "ta": accuracy["retain_test"],
-            "pr": None if unseen is None else 1 - unseen,
-            "mia_efficacy": models[name]["mia"],
-        }
-    return figures
+    return {role: unlearning_figures(models[name]) for role, name in _ROLES.items()}

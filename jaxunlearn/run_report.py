@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxunlearn.assessment import assess, retain_sample
+from jaxunlearn.assessment import assess, measured_rows, retain_sample
+from jaxunlearn.capture import ApplyFn
 from jaxunlearn.config import RunConfig, to_mapping
 from jaxunlearn.data import Source, Splits
 from jaxunlearn.evaluation.report import json_value
@@ -19,6 +20,7 @@ from jaxunlearn.forget_vector_report import (
 )
 from jaxunlearn.preparation import Prepared, has_reference
 from jaxunlearn.report import write_report
+from jaxunlearn.shift_assessment import assess_shifts
 from jaxunlearn.stages import RunFolder, measured
 
 SCHEMA_VERSION = 1
@@ -67,10 +69,11 @@ def evaluated(
             references=references,
             mesh=prepared.mesh,
         )
+        shift_notes = _enter_shifts(prepared, apply_fn, judged, result.models)
     if prepared.method.guards:
         mark_guarded(result.models)
     environment = folder.environment
-    notes = _notes(prepared, records, environment) + said + result.notes
+    notes = _notes(prepared, records, environment) + said + result.notes + shift_notes
     records = records | {"evaluate": cost()._asdict()}
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -103,6 +106,29 @@ def evaluated(
         arrays = arrays | {"forget_vector": np.asarray(models["unlearned"]["guard"]["delta"])}
     write_report(folder.path, report, arrays)
     return report
+
+
+def _enter_shifts(
+    prepared: Prepared, apply_fn: ApplyFn, models: Mapping[str, Any], judged: Mapping[str, Any]
+) -> list[str]:
+    """Put the figures under shifts beside each model's other numbers, if the config asks for it."""
+    config, source = prepared.config, prepared.source
+    if not config.evaluate.shifts.enabled:
+        return []
+    figures, notes = assess_shifts(
+        apply_fn,
+        models,
+        measured_rows(source, prepared.splits, config.evaluate, config.seed),
+        source.num_classes,
+        config.evaluate,
+        unguarded=prepared.network.apply_fn,
+        scale=config.data.scale or source.scale,
+        seed=config.seed,
+        mesh=prepared.mesh,
+    )
+    for name, found in figures.items():
+        judged[name]["shifts"] = found
+    return notes
 
 
 def _problem(source: Source, splits: Splits, config: RunConfig) -> dict[str, Any]:

@@ -9,11 +9,19 @@ import pytest
 
 from jaxunlearn.checkpoint import restore_variables
 from jaxunlearn.config import load_config
+from jaxunlearn.evaluation.shifts import SHIFTS
 from jaxunlearn.experiment import run
 from jaxunlearn.forget_vector_report import guarded, mark_guarded, with_random_delta
 from jaxunlearn.methods import METHODS
 from jaxunlearn.preparation import prepare, unlearning_problem
-from jaxunlearn.report import details, report_figures, vector_image, wording
+from jaxunlearn.report import (
+    details,
+    report_figures,
+    vector,
+    vector_class_bars,
+    vector_image,
+    wording,
+)
 
 CONFIG = "configs/digits_forget_vector.toml"
 FAST = ["train.epochs=8", "unlearn.epochs=6", "unlearn.beta=10.0"]
@@ -50,6 +58,22 @@ def test_the_guarded_model_forgets_and_without_its_vector_it_is_the_original(rep
         assert roles[role]["mia_efficacy"] == models[name]["mia"]
 
 
+def test_all_models_are_judged_on_shifted_images_too(report):
+    models, figures = report["models"], {"ua", "ra", "ta", "pr", "mia_efficacy"}
+    for name in ("original", "retrained", "unlearned", "random_vector"):
+        assert models[name]["shifts"].keys() == SHIFTS.keys()
+        assert all(each.keys() == figures for each in models[name]["shifts"].values())
+    assert "shifts" not in models["head_edit"]
+    original, guarded_model = (models[name]["shifts"] for name in ("original", "unlearned"))
+    assert original["gaussian_0.2"]["ra"] < original["gaussian_0.08"]["ra"]
+    assert (
+        original["pgd_16"]["ra"]
+        < original["pgd_8"]["ra"]
+        < models["original"]["accuracy"]["retain_train"]
+    )
+    assert guarded_model["gaussian_0.08"]["ua"] > 0.9 > 0.1 > original["gaussian_0.08"]["ua"]
+
+
 def test_the_report_says_that_no_weight_changed(report):
     mark = report["models"]["unlearned"]["representation"]["mark"]
     assert mark["forgotten"] is False
@@ -58,6 +82,52 @@ def test_the_report_says_that_no_weight_changed(report):
     section = next(s for s in details.details(report) if s.title == "Forget vector")
     assert section.header == ("", "with it", "without it", "random, same norm")
     assert len(section.rows) == 5
+
+
+def section_of(report, title):
+    return next(s for s in details.details(report) if s.title == title)
+
+
+def test_features_with_and_without_the_vector_are_rows_of_one_table(report):
+    """Without it they are the original's."""
+    section = section_of(report, "Features with and without the vector")
+    names = ["without", "with the vector", "random vector of the same norm", "retrained model"]
+    assert [row[0] for row in section.rows] == names
+    models = ("original", "unlearned", "random_vector", "retrained")
+    for row, model in zip(section.rows, models, strict=True):
+        said = report["models"][model]["representation"]
+        keys = ("da", "da_held_out", "linear_probe_forget", "linear_probe_retain", "nmi", "f1")
+        assert row[1:] == tuple(f"{100 * said[key]:.1f} %" for key in keys)
+    assert section.rows[0][1:] != section.rows[1][1:]
+    assert "bit for bit" in section.note
+    assert not vector.vector_feature_rows(report | {"forget_vector": None})
+
+
+def test_the_norms_of_the_vector_and_pixels_out_of_range_are_in_the_report(report):
+    facts = dict(section_of(report, "Method: forget_vectors").rows)
+    for key in ("norm_l2", "norm_linf", "outside"):
+        assert float(facts[key]) == pytest.approx(report["method"]["info"][key], rel=1e-5)
+
+
+def test_bars_per_class_are_those_of_the_model_without_with_and_with_a_random_vector(
+    report, folder
+):
+    name = "Effect of the vector per class"
+    figure = report_figures(report, {})[name]
+    labels = ["without", "with the vector", "random vector of the same norm"]
+    for axes, split in zip(figure.axes, ("test", "train"), strict=True):
+        assert [bars.get_label() for bars in axes.containers] == labels
+        models = ("original", "unlearned", "random_vector")
+        for bars, model in zip(axes.containers, models, strict=True):
+            shares = report["models"][model]["per_class"][split]
+            np.testing.assert_allclose([bar.get_height() for bar in bars], 100 * np.array(shares))
+    page = (folder / "report.html").read_text()
+    assert f"<h2>{name}</h2>" in page
+    assert "<h2>Features with and without the vector</h2>" in page
+    others = {n: m for n, m in report["models"].items() if n != "random_vector"}
+    assert name not in report_figures(report | {"models": others}, {})
+    with pytest.raises(ValueError, match="1 class names for arrays of 2 classes"):
+        vector_class_bars({"original": {"test": [1.0, 0.0]}}, class_names=["cat"])
 
 
 def test_the_stored_variables_are_the_originals_and_a_vector(config, report, folder):

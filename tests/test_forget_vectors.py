@@ -12,10 +12,13 @@ import pytest
 
 from jaxunlearn.batches import Batches
 from jaxunlearn.epochs import epoch_inputs
+from jaxunlearn.guard import attach
 from jaxunlearn.methods import UnlearningProblem
-from jaxunlearn.methods.forget_vectors import forget_vectors, learn_forget_vectors
+from jaxunlearn.methods.forget_vectors import forget_vectors
+from jaxunlearn.methods.forget_vectors_bank import class_bank
 from jaxunlearn.methods.forget_vectors_checks import check_inputs, checked_betas
-from jaxunlearn.methods.forget_vectors_compose import compose
+from jaxunlearn.methods.forget_vectors_coefficients import coefficient_grid
+from jaxunlearn.methods.forget_vectors_compose import compose, plain_sum
 from jaxunlearn.methods.forget_vectors_config import ForgetVectorsConfig
 from jaxunlearn.methods.forget_vectors_effect import (
     blind_choice,
@@ -23,6 +26,7 @@ from jaxunlearn.methods.forget_vectors_effect import (
     effect,
     random_set_note,
 )
+from jaxunlearn.methods.forget_vectors_learn import learn_forget_vectors
 from jaxunlearn.methods.forget_vectors_losses import (
     code_objective,
     data_sums,
@@ -615,13 +619,15 @@ def test_weights_are_those_of_a_plain_loop(problem, together):
     np.testing.assert_allclose(composed.history["norm"][0], 0.1 * np.sqrt(3), rtol=1e-5)
 
 
-def test_learned_weights_stand_beside_the_plain_sum_and_the_best_vector(problem, together):
-    both = dataclasses.replace(
-        problem,
-        forget=Batches(*(x[joined(problem)[1] != 0] for x in joined(problem)), 5),
-        retain=Batches(*(x[joined(problem)[1] == 0] for x in joined(problem)), 5),
-        forget_classes=(1, 2),
-    )
+@pytest.fixture(scope="module")
+def both(problem):
+    """The same images, of which classes 2 and 1 are to be forgotten."""
+    x, labels = joined(problem)
+    forget, retain = (Batches(x[rows], labels[rows], 5) for rows in (labels != 0, labels == 0))
+    return dataclasses.replace(problem, forget=forget, retain=retain, forget_classes=(2, 1))
+
+
+def test_learned_weights_stand_beside_the_plain_sum_and_the_best_vector(both, together):
     bank = together.deltas
     figures = partial(figures_of, both)
 
@@ -664,6 +670,116 @@ def test_the_report_says_when_the_plain_sum_beats_the_learned_weights():
     assert [row["beta"] for row in learned.info["grid"]] == [1.0, 3.0]
 
 
+# --- a run with a bank ----------------------------------------------------------------------------
+
+SUM = dataclasses.replace(BASE, bank="classes", composition="sum", beta=6.0)
+
+
+@pytest.fixture(scope="module")
+def bank(both):
+    return class_bank(jax.random.split(KEY, 3)[0], both, SUM)
+
+
+@pytest.fixture(scope="module")
+def summed(both):
+    return forget_vectors(KEY, both, SUM)
+
+
+def test_the_bank_has_a_vector_of_every_class_whatever_is_to_be_forgotten(both, bank):
+    found = learn(both, key=jax.random.split(KEY, 3)[0], beta=6.0)
+    np.testing.assert_array_equal(bank, found.deltas)
+
+
+def test_the_plain_sum_is_the_bank_with_weights_of_0_and_1(both, bank, summed):
+    wanted = attach(both.variables, bank, [0.0, 1.0, 1.0])
+    assert_same(summed.variables, wanted)
+    info = summed.info
+    assert info["weights"] == [0, 1, 1]
+    assert info["composed"]["learned"] is None
+    assert info["composed"]["sum"] == info["with_vector"]
+    assert info["with_vector"] == pytest.approx(figures_of(both, wanted["guard"]["delta"]))
+    assert (info["beta"], info["grid"], info["epochs"]) == (None, None, [])
+    assert (info["lambda_1"], info["norm_coefficient"]) == (None, None)
+    assert info["bank"]["beta"] == 6
+    lengths = np.linalg.norm(np.reshape(bank, (K, -1)), axis=1)
+    assert info["bank"]["norm_l2"] == pytest.approx(lengths)
+    assert (info["forget_passes"], info["steps"]) == (K * 2, K * 2 * 3)
+
+
+def test_learned_weights_are_those_of_compose(both, bank, summed):
+    """The bank takes the smallest beta of a grid, the weights try them all."""
+    config = dataclasses.replace(SUM, composition="learned", beta=(20.0, 6.0))
+    variables, info = forget_vectors(KEY, both, config)
+    wanted = compose(jax.random.split(KEY, 3)[1], both, bank, config)
+    assert info["weights"] == wanted.weights.tolist()
+    assert np.abs(wanted.weights).max() > 0.01
+    np.testing.assert_array_equal(
+        variables["guard"]["delta"], composed_vector(wanted.weights, bank)
+    )
+    assert info["composed"] == {way: wanted.info[way] for way in ("learned", "sum", "single")}
+    assert info["composed"]["learned"] == info["with_vector"]
+    assert info["composed"]["sum"] == summed.info["with_vector"]
+    assert info["grid"] == wanted.info["grid"]
+    assert [row["loss"] for row in info["epochs"]] == wanted.history["loss"].tolist()
+    assert info["notes"] == wanted.info["notes"]
+    assert info["coefficients"] == summed.info["coefficients"]
+    assert info["forget_passes"] == (K + 2) * 2
+    # N_f = 9 of 14; the norm of w is not divided by the batch.
+    assert info["lambda_1"] == pytest.approx(5 / (9 * info["beta"]))
+    assert info["norm_coefficient"] == pytest.approx(0.5 * 14 / (9 * info["beta"]))
+
+
+def test_the_grid_of_coefficients_is_that_of_each_pair_by_hand(both, bank, summed):
+    rows = {(row["a"], row["b"]): row for row in summed.info["coefficients"]}
+    assert sorted({a for a, _ in rows}) == [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5]
+    assert len(rows) == 49
+    names = ("forget_error", "retain_accuracy")
+    for at, figures in (((1, 1), "with_vector"), ((0, 0), "without_vector")):
+        assert {n: rows[at][n] for n in names} == {n: summed.info[figures][n] for n in names}
+    x, labels = joined(both)
+    for a, b in ((0.5, 1.5), (1.25, 0), (0, 0.75)):
+        delta = a * bank[2] + b * bank[1]
+        wrong = np.argmax(logits_of(both.variables, x + delta[None]), 1) != labels
+        row = rows[a, b]
+        assert row["forget_error_first"] == pytest.approx(wrong[labels == 2].mean())
+        assert row["forget_error_second"] == pytest.approx(wrong[labels == 1].mean())
+        assert row["forget_error"] == pytest.approx(wrong[labels != 0].mean())
+        assert row["retain_accuracy"] == pytest.approx(1 - wrong[labels == 0].mean())
+    assert len({row["forget_error"] for row in rows.values()}) > 2
+
+
+def test_much_data_is_sampled_for_the_coefficients_and_the_report_says_so():
+    """Class 0 is right without a vector, class 1 half of the time, class 2 always."""
+    labels = np.repeat([0, 1, 2], [90, 1010, 6400])
+    x = np.eye(3, dtype=np.float32)[np.where(np.arange(7500) % 2, labels, labels - (labels == 1))]
+    forget, retain = (Batches(x[rows], labels[rows], 2000) for rows in (labels < 2, labels == 2))
+    problem = UnlearningProblem(
+        lambda v, x: x @ v["params"], {"params": jnp.eye(3)}, forget, retain, 3, (0, 1)
+    )
+    bank = jnp.zeros((3, 3)).at[0, 0].set(-2)
+    config = ForgetVectorsConfig(batch_size=2000)
+    rows, notes = coefficient_grid(KEY, problem, bank, config)
+    assert notes == [
+        "The grid of coefficients was measured on 5,000 of 7,500 training examples, drawn once."
+    ]
+    assert coefficient_grid(KEY, problem, bank, config) == (rows, notes)
+    ends = {row["a"]: row for row in rows if row["b"] == 0}
+    assert [ends[a]["forget_error_first"] for a in (0, 1.5)] == [0, 1]
+    assert ends[0]["forget_error_second"] == pytest.approx(0.5, abs=0.06)
+    assert {row["retain_accuracy"] for row in rows} == {1.0}
+    assert ends[1.5]["forget_error"] == pytest.approx(
+        (60 + 673 * ends[1.5]["forget_error_second"]) / 733
+    )
+
+
+def test_a_request_of_one_class_or_of_samples_has_no_grid_of_coefficients(problem, both):
+    assert "coefficients" not in forget_vectors(KEY, problem, SUM).info
+    learned = dataclasses.replace(SUM, composition="learned")
+    info = forget_vectors(KEY, dataclasses.replace(both, forget_classes=()), learned).info
+    assert "coefficients" not in info
+    assert info["composed"]["sum"] is None
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -682,6 +798,12 @@ def test_the_report_says_when_the_plain_sum_beats_the_learned_weights():
         ({"ball": "l2"}, "radius = None with ball = 'l2': a ball needs a radius"),
         ({"radius": 2.0}, "radius = 2.0 with ball = 'none'"),
         ({"ball": "l2", "radius": 0.0}, "radius = 0.0: wanted a positive number"),
+        ({"composition": "sum"}, "with bank = .none., which leaves nothing to add up"),
+        ({"bank": "classes", "ball": "l2", "radius": 1.0}, "a sum of vectors leaves the ball"),
+        (
+            {"bank": "classes", "composition": "sum", "beta": (1.0, 2.0)},
+            "learns nothing to choose by: write one number",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
@@ -696,6 +818,8 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
         ("start", "'zeros', 'normal'"),
         ("compose_start", "'zeros', 'ones', 'normal'"),
         ("ball", "'none', 'l2', 'linf'"),
+        ("bank", "'none', 'classes'"),
+        ("composition", "'learned', 'sum'"),
     ],
 )
 def test_choices_that_do_not_exist_are_refused(name, choices):
@@ -764,6 +888,17 @@ def test_banks_that_do_not_fit_are_refused(problem, together):
     ball = dataclasses.replace(BASE, ball="l2", radius=1.0)
     with pytest.raises(ValueError, match="ball = 'l2' in a composition"):
         compose(KEY, problem, bank, ball)
+
+
+def test_banks_of_classes_that_cannot_be_learned_or_added_up_are_refused(problem, together):
+    with pytest.raises(ValueError, match=r"each of 5 classes, and \[3, 4\] have no example"):
+        check_inputs(dataclasses.replace(problem, num_classes=5), SUM)
+    samples = dataclasses.replace(problem, forget_classes=())
+    with pytest.raises(ValueError, match=r'for a set of samples, .* write composition = "learned"'):
+        check_inputs(samples, SUM)
+    check_inputs(samples, dataclasses.replace(SUM, composition="learned"))
+    with pytest.raises(ValueError, match="the plain sum is that of the forgotten classes"):
+        plain_sum(problem, together.deltas[:2], BASE)
 
 
 def test_a_run_that_diverges_says_so(problem):

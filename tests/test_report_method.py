@@ -6,6 +6,7 @@ from matplotlib.patches import Rectangle
 
 from jaxunlearn.report import (
     alpha_heat_map,
+    coefficient_maps,
     example_arrays,
     example_report,
     forgetting_curve,
@@ -132,6 +133,68 @@ def test_values_are_light_on_dark_cells():
     axes = alpha_heat_map([pair(1, 1, 0.95, 0.1), pair(1, 2, 0.1, 0.1)]).axes[0]
     dark, light = (text.get_color() for text in axes.texts)
     assert dark == "white" != light
+
+
+# --- coefficients of two vectors ---
+
+
+def coefficients(*values):
+    return [
+        {
+            "a": a,
+            "b": b,
+            "forget_error": 0.5,
+            "retain_accuracy": 1 - (a + b) / 8,
+            "forget_error_first": a / 2,
+            "forget_error_second": b / 2,
+        }
+        for a in values
+        for b in values
+    ]
+
+
+def marks(axes):
+    return {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines}
+
+
+def test_maps_have_the_first_coefficient_upwards_and_the_second_across():
+    figure = coefficient_maps(coefficients(0, 0.5, 1, 1.5), names=("cat", "$dog"))
+    first, second, retain, _ = figure.axes
+    np.testing.assert_allclose(first.images[0].get_array()[:, 0], [0, 25, 50, 75])
+    np.testing.assert_allclose(second.images[0].get_array()[0], [0, 25, 50, 75])
+    np.testing.assert_allclose(retain.images[0].get_array()[3], [81.25, 75, 68.75, 62.5])
+    assert retain.get_ylim() == (-0.5, 3.5)
+    assert first.get_ylabel() == "a, of the vector against cat"
+    assert retain.get_xlabel() == "b, of the vector against $dog"
+    assert texts(second)[:2] == ["0.0", "25.0"]
+
+
+def test_the_plain_sum_and_learned_weights_are_marked_where_they_lie_on_the_map():
+    rows, names = coefficients(0, 0.5, 1, 1.5), ("cat", "dog")
+    figure = coefficient_maps(rows, names=names, weights=(0.75, 0.25))
+    wanted = {"plain sum (1, 1)": (2, 2), "learned weights": (0.5, 1.5)}
+    assert [marks(axes) for axes in figure.axes[:3]] == [wanted] * 3
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == list(wanted)
+    assert "learned weights of the two are 0.75 and 0.25" in figure.get_label()
+    off = coefficient_maps(rows, names=names, weights=(-0.1, 1.0))
+    assert list(marks(off.axes[0])) == ["plain sum (1, 1)"]
+    small = coefficient_maps(coefficients(0, 0.5), names=names)
+    assert not marks(small.axes[0])
+    assert not small.legends
+
+
+def test_a_report_on_two_classes_has_their_coefficients(report, info):
+    assert "Coefficients of two vectors" not in report_figures(report, {})
+    info |= {"coefficients": coefficients(0, 1), "weights": [9.0, 0.25, 0.5, 9.0]}
+    info["composed"] = {"learned": {"forget_error": 1.0}}
+    report["problem"]["forget_classes"] = [2, 1]
+    figure = report_figures(report, {})["Coefficients of two vectors"]
+    assert marks(figure.axes[0])["learned weights"] == (0.25, 0.5)
+    assert figure.axes[0].get_title() == "error on kind 2 (%)"
+    info["composed"] = {"learned": None}
+    summed = report_figures(report, {})["Coefficients of two vectors"]
+    assert "learned weights" not in marks(summed.axes[0])
+    assert "## Coefficients" in render_markdown(report)
 
 
 # --- curve ---

@@ -208,6 +208,34 @@ def _headline(model: dict[str, Any]) -> dict[str, float]:
     return {key: math.nan if value is None else value for key, value in numbers.items()}
 
 
+def unlearning_figures(model: Mapping[str, Any]) -> dict[str, float | None]:
+    """A model's figures as papers on unlearning name them, as fractions.
+
+    ``ua`` is the error on the forget data, ``ra`` the accuracy on the retain data, ``ta`` that on
+    the test data (without the forgotten classes), ``pr`` the error on their test images (None for
+    samples), ``mia_efficacy`` the share of forget data that the attack calls non-members.
+
+    Args:
+      model: what ``evaluate_model`` gave.
+
+    Examples:
+      >>> accuracy = {"forget_train": 0.25, "retain_train": 1.0, "retain_test": 0.5}
+      >>> unlearning_figures({"accuracy": accuracy | {"forget_test": None}, "mia": 1.0})
+      {'ua': 0.75, 'ra': 1.0, 'ta': 0.5, 'pr': None, 'mia_efficacy': 1.0}
+    """
+    share = model["accuracy"]
+    errors = {
+        s: None if share[s] is None else 1 - share[s] for s in ("forget_train", "forget_test")
+    }
+    return {
+        "ua": errors["forget_train"],
+        "ra": share["retain_train"],
+        "ta": share["retain_test"],
+        "pr": errors["forget_test"],
+        "mia_efficacy": model["mia"],
+    }
+
+
 def json_value(value: Any) -> Any:
     """The same value in JSON's types: arrays as lists, numbers that are not finite as None.
 

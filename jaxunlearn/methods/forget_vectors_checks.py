@@ -9,6 +9,9 @@ from jaxtyping import Array, Bool, Float, Shaped
 from jaxunlearn.methods.base import UnlearningProblem
 from jaxunlearn.methods.forget_vectors_config import ForgetVectorsConfig
 
+NEEDS = frozenset({"forget", "retain"})
+SCOPES = frozenset({"class", "classes", "samples"})
+
 
 def check_inputs(problem: UnlearningProblem, config: ForgetVectorsConfig | None = None) -> None:
     """Refuse inputs to which no vector can be added. Traces the model, computes next to nothing.
@@ -16,7 +19,8 @@ def check_inputs(problem: UnlearningProblem, config: ForgetVectorsConfig | None 
     Raises:
       ValueError: no retain data; forget and retain inputs of different shapes or dtypes; variables
         with a guard already; integers that ``pixel_scale`` does not turn into pixels in [0, 1];
-        ``clip`` with inputs outside that range; a model that does not accept floats.
+        ``clip`` with inputs outside that range; a model that does not accept floats; a bank of
+        classes of which one has no example; the plain sum for a request that is no set of classes.
     """
     if problem.retain is None:
         raise ValueError("forget_vectors trains on retain data: pass retain=Batches(...)")
@@ -31,7 +35,9 @@ def check_inputs(problem: UnlearningProblem, config: ForgetVectorsConfig | None 
             f"forget inputs {forget.shape} {forget.dtype}, retain inputs {retain.shape} "
             f"{retain.dtype}: one vector is added to all, wanted one shape and dtype"
         )
-    _check_pixels((forget, retain), config or ForgetVectorsConfig(), problem.pixel_scale)
+    config = config or ForgetVectorsConfig()
+    _check_pixels((forget, retain), config, problem.pixel_scale)
+    _check_bank(problem, config)
     floats = jax.ShapeDtypeStruct((problem.forget.batch_size, *forget.shape[1:]), jnp.float32)
     try:
         jax.eval_shape(problem.apply_fn, problem.variables, floats)
@@ -53,6 +59,24 @@ def _check_pixels(inputs: tuple[Array, Array], config: ForgetVectorsConfig, scal
         raise ValueError(
             f"inputs from {low} to {high} with pixel_scale = {scale}: their ratio is a pixel, "
             f"wanted in [0, 1]{'; write 255 for uint8 images' if whole else ' by clip = True'}"
+        )
+
+
+def _check_bank(problem: UnlearningProblem, config: ForgetVectorsConfig) -> None:
+    assert problem.retain is not None
+    if config.bank == "none":
+        return
+    if config.composition == "sum" and not problem.forget_classes:
+        raise ValueError(
+            'composition = "sum" for a set of samples, which no vectors of classes belong to: '
+            'write composition = "learned"'
+        )
+    seen = {*np.unique(problem.forget.labels).tolist(), *np.unique(problem.retain.labels).tolist()}
+    if missing := sorted(set(range(problem.num_classes)) - seen):
+        raise ValueError(
+            f'bank = "classes" learns a vector for each of {problem.num_classes} classes, and '
+            f'{missing} have no example: write bank = "none", or pass vectors of your own to '
+            "compose"
         )
 
 

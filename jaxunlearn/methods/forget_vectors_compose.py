@@ -14,10 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxunlearn.methods.base import UnlearningProblem, all_finite, check_problem
-from jaxunlearn.methods.forget_vectors import NEEDS, SCOPES
-from jaxunlearn.methods.forget_vectors_checks import check_inputs
+from jaxunlearn.methods.forget_vectors_checks import NEEDS, SCOPES, check_inputs
 from jaxunlearn.methods.forget_vectors_config import ForgetVectorsConfig
-from jaxunlearn.methods.forget_vectors_effect import chosen, effect, random_set_note
+from jaxunlearn.methods.forget_vectors_effect import Effect, chosen, effect, random_set_note
 from jaxunlearn.methods.forget_vectors_run import composed_vector, descend, own_flags, starts
 
 
@@ -95,21 +94,9 @@ def compose(
         config,
         bank=bank,
     )
-    ways = [found.vectors, jnp.eye(len(bank))]
-    if indicator is not None:
-        ways.append(jnp.asarray(indicator)[None])
-    deltas = jax.vmap(composed_vector, (0, None))(jnp.concatenate(ways), bank)
-    flags = np.repeat(own_flags(problem), len(deltas), axis=0)
-    judged = effect(problem, deltas, flags, config)
+    judged, free = _judged(problem, config, bank, found.vectors, indicator)
     best, grid, notes = chosen(config, judged)
-    G = len(betas)
-    single = int(np.argmax(judged.score[G : G + len(bank)]))
-    info: dict[str, Any] = {
-        **grid,
-        "learned": judged.figures(best),
-        "single": {"index": single, **judged.figures(G + single)},
-        "sum": None if indicator is None else judged.figures(-1),
-    }
+    info = {**grid, "learned": judged.figures(best), **free}
     if indicator is not None and judged.score[-1] > judged.score[best]:
         notes.append(
             "The plain sum of the vectors, which costs nothing, does better on the training data "
@@ -120,6 +107,74 @@ def compose(
     return Composed(
         found.vectors[best], history, info | {"notes": notes + random_set_note(problem)}
     )
+
+
+def plain_sum(
+    problem: UnlearningProblem,
+    bank: Float[Array, "m ..."],
+    config: ForgetVectorsConfig | None = None,
+) -> Composed:
+    """Answer a request by the plain sum of the vectors of its classes; nothing is learned.
+
+    Args:
+      problem: model and data of the request, a set of classes.
+      bank: Δ ``[k, *input]``, one vector for each class.
+      config: settings.
+
+    Returns:
+      Weights of 0 and 1, no history, and in ``info`` what :func:`compose` says, but for the
+      learned weights and their β, which are None.
+
+    Raises:
+      ValueError: see :func:`compose`; samples, or a bank of other rows, which have no plain sum.
+
+    Examples:
+      >>> from jaxunlearn.batches import Batches
+      >>> x, labels = jnp.eye(3), jnp.arange(3)
+      >>> problem = UnlearningProblem(
+      ...     apply_fn=lambda variables, x: x @ variables["params"],
+      ...     variables={"params": 5 * jnp.eye(3)},
+      ...     forget=Batches(x[:2], labels[:2], 2),
+      ...     retain=Batches(x[2:], labels[2:], 2),
+      ...     num_classes=3,
+      ...     forget_classes=(0, 1),
+      ... )
+      >>> plain_sum(problem, -2 * jnp.eye(3)).weights.tolist()
+      [1.0, 1.0, 0.0]
+    """
+    config = config or ForgetVectorsConfig()
+    check_problem(problem, method="forget_vectors", needs=NEEDS, scopes=SCOPES)
+    check_inputs(problem, config)
+    indicator = _checked_bank(problem, config, bank, None)
+    if indicator is None:
+        raise ValueError(
+            f"bank {bank.shape} for scope {problem.scope!r}: the plain sum is that of the "
+            f"forgotten classes, of a bank with a row for each of {problem.num_classes}"
+        )
+    _, free = _judged(problem, config, bank, jnp.zeros((0, len(bank))), indicator)
+    info = {"beta": None, "grid": None, "learned": None, **free}
+    return Composed(jnp.asarray(indicator), {}, info | {"notes": random_set_note(problem)})
+
+
+def _judged(
+    problem: UnlearningProblem,
+    config: ForgetVectorsConfig,
+    bank: Float[Array, "m ..."],
+    learned: Float[Array, "G m"],
+    indicator: Float[np.ndarray, " m"] | None,
+) -> tuple[Effect, dict[str, Any]]:
+    """What learned weights do, then each vector, then the sum; and figures of the last two."""
+    ways = [learned, jnp.eye(len(bank))]
+    if indicator is not None:
+        ways.append(jnp.asarray(indicator)[None])
+    deltas = jax.vmap(composed_vector, (0, None))(jnp.concatenate(ways), bank)
+    judged = effect(problem, deltas, np.repeat(own_flags(problem), len(deltas), axis=0), config)
+    G = len(learned)
+    single = int(np.argmax(judged.score[G : G + len(bank)]))
+    return judged, {
+        "single": {"index": single, **judged.figures(G + single)},
+        "sum": None if indicator is None else judged.figures(-1),
+    }
 
 
 def _checked_bank(

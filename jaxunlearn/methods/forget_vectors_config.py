@@ -9,11 +9,15 @@ Objective = Literal["code", "paper"]
 Start = Literal["zeros", "normal"]
 ComposeStart = Literal["zeros", "ones", "normal"]
 Ball = Literal["none", "l2", "linf"]
+Bank = Literal["none", "classes"]
+Composition = Literal["learned", "sum"]
 _CHOICES = {
     "objective": get_args(Objective),
     "start": get_args(Start),
     "compose_start": get_args(ComposeStart),
     "ball": get_args(Ball),
+    "bank": get_args(Bank),
+    "composition": get_args(Composition),
 }
 _NOT_NEGATIVE = (
     "retain_weight",
@@ -55,6 +59,10 @@ class ForgetVectorsConfig:
       radius: of the ball, in pixels of [0, 1].
       compose_learning_rate: of the weights of a composition, in the first epoch.
       compose_start: of these weights.
+      bank: ``"none"``: learn a vector for the request; ``"classes"``: learn one for every class, at
+        the smallest β of a grid, and answer the request by a weighted sum of them.
+      composition: these weights are ``"learned"``, or it is the plain ``"sum"`` of the vectors of
+        the forgotten classes.
     """
 
     objective: Objective = "code"
@@ -78,6 +86,8 @@ class ForgetVectorsConfig:
     radius: float | None = None
     compose_learning_rate: float = 0.02
     compose_start: ComposeStart = "zeros"
+    bank: Bank = "none"
+    composition: Composition = "learned"
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -108,6 +118,24 @@ class ForgetVectorsConfig:
             )
         if self.radius is not None and not self.radius > 0:
             raise ValueError(f"radius = {self.radius}: wanted a positive number")
+        self._check_bank()
+
+    def _check_bank(self) -> None:
+        if self.bank == "none" and self.composition == "sum":
+            raise ValueError(
+                'composition = "sum" with bank = "none", which leaves nothing to add up: write '
+                'bank = "classes"'
+            )
+        if self.bank == "classes" and self.ball != "none":
+            raise ValueError(
+                f'ball = {self.ball!r} with bank = "classes": a sum of vectors leaves the ball '
+                'that they are in; write ball = "none" or bank = "none"'
+            )
+        if self.composition == "sum" and len(self.betas) > 1:
+            raise ValueError(
+                f'beta = {self.beta} with composition = "sum", which learns nothing to choose by: '
+                "write one number"
+            )
 
     @property
     def betas(self) -> tuple[float, ...]:

@@ -59,6 +59,29 @@ def effect(
       config: ``batch_size`` and ``clip``.
       at_once: see :func:`descend`.
     """
+    right, outside = answers(problem, deltas, config, at_once=at_once)
+    return Effect(
+        np.array([np.mean(~r[f]) for r, f in zip(right, flags, strict=True)]),
+        np.array([np.mean(r[~f]) for r, f in zip(right, flags, strict=True)]),
+        outside.mean(axis=1),
+    )
+
+
+def answers(
+    problem: UnlearningProblem,
+    deltas: Float[Array, "K ..."],
+    config: ForgetVectorsConfig,
+    *,
+    at_once: int | None = None,
+) -> tuple[Bool[np.ndarray, "K N"], Float[np.ndarray, "K N"]]:
+    """Which joined examples are answered right, and the share of their pixels outside [0, 1].
+
+    Args:
+      problem: model and data.
+      deltas: vectors.
+      config: ``batch_size`` and ``clip``.
+      at_once: see :func:`descend`.
+    """
     data, mesh = joined(problem, config.batch_size), problem.mesh
     variables = replicate(mesh, dict(problem.variables))
     rows = []
@@ -73,12 +96,7 @@ def effect(
         )
         rows.append((right, outside))
     right, outside = (np.concatenate(x) for x in zip(*rows, strict=True))
-    right = right == np.asarray(data.labels)[None]
-    return Effect(
-        np.array([np.mean(~r[f]) for r, f in zip(right, flags, strict=True)]),
-        np.array([np.mean(r[~f]) for r, f in zip(right, flags, strict=True)]),
-        outside.mean(axis=1),
-    )
+    return right == np.asarray(data.labels)[None], outside
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -125,7 +125,7 @@ def programs_of(
 
     Args:
       apply_fn: the model, called in inference mode.
-      config: settings, of which β and the number of epochs do not count.
+      config: settings, of which β, the number of epochs and the bank do not count.
       augment: of stored inputs.
       scale: see :func:`shifted`.
 
@@ -217,7 +217,7 @@ def descend(
       FloatingPointError: a loss or a vector is no longer finite.
     """
     order_key, augment_key = jax.random.split(key)
-    general = replace(config, beta=1.0, epochs=1)
+    general = replace(config, beta=1.0, epochs=1, bank="none", composition="learned")
     step = programs_of(problem.apply_fn, general, problem.augment, problem.pixel_scale).step
     data = joined(problem, config.batch_size)
     rate = config.learning_rate if bank is None else config.compose_learning_rate

@@ -5,6 +5,7 @@ part of the library. ``example_report`` shows the schema.
 """
 
 from jaxunlearn.report.alignment import alignment_by_layer, alignment_by_rank, alignment_curve
+from jaxunlearn.report.coefficients import coefficient_maps
 from jaxunlearn.report.confusion import confusion_pair
 from jaxunlearn.report.costs import runtime_bars
 from jaxunlearn.report.curves import forgetting_curve
@@ -25,7 +26,7 @@ from jaxunlearn.report.markdown import render_markdown
 from jaxunlearn.report.saliency import saliency_panels
 from jaxunlearn.report.spectra import angle_lines, spectrum_panels
 from jaxunlearn.report.tables import console_table, summary_rows
-from jaxunlearn.report.vector import vector_image
+from jaxunlearn.report.vector import vector_class_bars, vector_image
 
 __all__ = [
     "alignment_by_layer",
@@ -34,6 +35,7 @@ __all__ = [
     "alpha_heat_map",
     "angle_lines",
     "class_accuracy_bars",
+    "coefficient_maps",
     "confusion_pair",
     "console_table",
     "embedding_panels",
@@ -52,6 +54,7 @@ __all__ = [
     "spectrum_panels",
     "subspace_bars",
     "summary_rows",
+    "vector_class_bars",
     "vector_image",
     "write_report",
 ]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from jaxunlearn.report.features import FEATURE_MODELS, representations
 from jaxunlearn.report.tables import MISSING, MODELS, percent, points
+from jaxunlearn.report.vector import VECTOR_FEATURES, vector_feature_rows
 
 FACTS = ("name", "value")
 _LONGEST = 160
@@ -17,14 +18,26 @@ _VECTOR = {
     "pr": "error on forget test",
     "mia_efficacy": "MIA efficacy",
 }
+_WITHOUT = "Without the vector the model is the original, and so are its features, bit for bit."
+_SHIFTED = (
+    "Error on forget train (UA), accuracy on retain train (RA) and retain test (TA), error on "
+    "forget test (PR) and MIA efficacy, on shifted copies of images, the same for all models; "
+    "attacks (pgd) are on the original. The target of every figure is the retrained model's under "
+    "the same shift. A UA that rises while RA and TA fall is damage and not forgetting; one that "
+    "falls says that forgotten data come back."
+)
 
 
 class Section(NamedTuple):
-    """A titled table of printed cells; ``header`` is ``FACTS`` where it lists names and values."""
+    """A titled table of printed cells; ``header`` is ``FACTS`` where it lists names and values.
+
+    ``note`` says how to read it, where its header does not.
+    """
 
     title: str
     header: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
+    note: str = ""
 
 
 def details(report: Mapping[str, Any]) -> list[Section]:
@@ -55,6 +68,13 @@ def details(report: Mapping[str, Any]) -> list[Section]:
         _feature_section(report),
         Section("Feature settings", FACTS, _facts(report.get("representation") or {})),
         _vector_section(report.get("forget_vector")),
+        Section(
+            "Features with and without the vector",
+            ("", *VECTOR_FEATURES.values()),
+            vector_feature_rows(report),
+            _WITHOUT,
+        ),
+        _shift_section(report["models"]),
         _attack_section(report["models"]),
         _cost_section(report["seconds"], report["peak_memory_mb"]),
         _pseudo_label_section(report["pseudo_labels"]),
@@ -139,6 +159,32 @@ def _vector_section(roles: Mapping[str, Any] | None) -> Section:
         if roles:
             rows.append((label, *(percent(roles[role][name]) for role in roles)))
     return Section("Forget vector", ("", *(_ROLES[role] for role in roles or ())), rows)
+
+
+def _shift_section(models: Mapping[str, Any]) -> Section:
+    """Five figures of every model under every shift, in one cell each."""
+    said = {name: model["shifts"] for name, model in models.items() if model and "shifts" in model}
+    if not said:
+        return Section("Shifted data", (), ())
+    names = (*(n for n in MODELS if n in said), *(n for n in said if n not in MODELS))
+    said = {name: {"none": _unshifted(models[name])} | said[name] for name in names}
+    shifts = said["original"]
+    rows = [(shift, *(_together(said[name][shift]) for name in names)) for shift in shifts]
+    header = ("UA / RA / TA / PR / MIA, %", *(name.replace("_", " ") for name in names))
+    return Section("Shifted data", header, rows, _SHIFTED)
+
+
+def _unshifted(model: Mapping[str, Any]) -> dict[str, float | None]:
+    """The same figures of the main table, on all images that are measured there."""
+    share = model["accuracy"]
+    ua, pr = (None if share[s] is None else 1 - share[s] for s in ("forget_train", "forget_test"))
+    kept = {"ra": share["retain_train"], "ta": share["retain_test"]}
+    return {"ua": ua, "pr": pr, "mia_efficacy": model["mia"]} | kept
+
+
+def _together(figures: Mapping[str, float | None]) -> str:
+    shares = (figures[name] for name in _VECTOR)
+    return " / ".join(MISSING if share is None else f"{100 * share:.1f}" for share in shares)
 
 
 def _pseudo_label_section(pseudo: Mapping[str, Any] | None) -> Section:

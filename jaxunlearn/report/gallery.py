@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
 from jaxunlearn.report.alignment import alignment_by_layer, alignment_by_rank, alignment_curve
+from jaxunlearn.report.coefficients import COEFFICIENT_KEYS, coefficient_maps
 from jaxunlearn.report.confusion import confusion_pair
 from jaxunlearn.report.costs import runtime_bars
 from jaxunlearn.report.curves import forgetting_curve
@@ -23,7 +24,7 @@ from jaxunlearn.report.grids import MEASURES, alpha_heat_map
 from jaxunlearn.report.saliency import saliency_panels
 from jaxunlearn.report.spectra import angle_lines, spectrum_panels
 from jaxunlearn.report.tables import MODELS
-from jaxunlearn.report.vector import vector_image
+from jaxunlearn.report.vector import VECTOR_ROLES, vector_class_bars, vector_image
 from jaxunlearn.report.wording import selected_on
 
 
@@ -66,6 +67,9 @@ def report_figures(
         ),
         "Confusion": confusion_pair(_confusion(before), _confusion(after), **classes),
     }
+    if models.get("random_vector"):
+        per_class = {name: models[name]["per_class"] for name in VECTOR_ROLES}
+        figures["Effect of the vector per class"] = vector_class_bars(per_class, **classes)
     if "saliency_labels" in arrays:
         figures["Saliency"] = _saliency(arrays, problem)
     if "embedding_labels" in arrays:
@@ -105,6 +109,7 @@ def _method_figures(report: Mapping[str, Any]) -> dict[str, Figure]:
     grid, curve = info.get("grid") or [], info.get("curve") or []
     layers, parts = info.get("layers") or {}, info.get("seconds")
     epochs = info.get("epochs")
+    coefficients = info.get("coefficients") or []
     figures = {}
     listed = isinstance(epochs, list) and len(epochs) > 1
     if listed and _all_have(epochs, "epoch", "alignment", "forget_accuracy"):
@@ -112,6 +117,8 @@ def _method_figures(report: Mapping[str, Any]) -> dict[str, Figure]:
     if len(grid) > 1 and _all_have(grid, "alpha_retain", "alpha_forget", *MEASURES):
         chosen = {key: info.get(key) for key in ("alpha_retain", "alpha_forget")}
         figures["Alpha heat map"] = alpha_heat_map(grid, **chosen, data=data)
+    if coefficients and _all_have(coefficients, *COEFFICIENT_KEYS):
+        figures["Coefficients of two vectors"] = _coefficients(report, coefficients)
     if len(curve) > 1 and _all_have(curve, "classes", "retain_accuracy", "forget_accuracy"):
         names = report["problem"]["class_names"]
         figures["Forgetting curve"] = forgetting_curve(
@@ -134,6 +141,14 @@ def _alignment_curve(report: Mapping[str, Any], epochs: Sequence[Mapping[str, An
     if any(ours.get(key) != theirs.get(key) for key in ("energy", "rank")) or ours.get("layer"):
         alignment = None  # of another definition
     return alignment_curve(epochs, target=alignment, target_accuracy=accuracy)
+
+
+def _coefficients(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Figure:
+    i, j = report["problem"]["forget_classes"]
+    names, info = report["problem"]["class_names"], report["method"]["info"]
+    weights = info.get("weights") if (info.get("composed") or {}).get("learned") else None
+    pair = None if weights is None else (weights[i], weights[j])
+    return coefficient_maps(rows, names=(names[i], names[j]), weights=pair)
 
 
 def _all_have(lines: Iterable[Any], *keys: str) -> bool:

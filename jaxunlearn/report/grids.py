@@ -59,7 +59,7 @@ def alpha_heat_map(
             at = rows.index(row["alpha_retain"]), columns.index(row["alpha_forget"])
             values[at] = np.nan if row[key] is None else 100 * row[key]
         image = axes.imshow(values, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-        _write_values(axes, values)
+        write_values(axes, values)
         if framed:
             corner = columns.index(alpha_forget) - 0.5, rows.index(alpha_retain) - 0.5
             frame = Rectangle(corner, 1, 1, fill=False, color=FORGET, linewidth=2.5)
@@ -86,8 +86,19 @@ def alpha_heat_map(
     return figure
 
 
-def _write_values(axes: Axes, values: Float[np.ndarray, "r c"]) -> None:
-    """Writes per cents into the cells, white on dark, as long as there is room."""
+def write_values(axes: Axes, values: Float[np.ndarray, "r c"]) -> None:
+    """Writes per cents into the cells, white on dark, as long as there is room.
+
+    Args:
+      axes: the panel, a cell at every whole coordinate.
+      values: per cents; NaN is left out.
+
+    Examples:
+      >>> figure, (axes,) = sheet(2.0)
+      >>> write_values(axes, np.array([[12.34, np.nan]]))
+      >>> [text.get_text() for text in axes.texts]
+      ['12.3']
+    """
     columns = values.shape[1]
     if columns > _MOST_WRITTEN:
         return

@@ -40,6 +40,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     for section in details(report):
         numeric = section.header != FACTS
         blocks += [f"## {_escape(section.title)}", _table(section.header, section.rows, numeric)]
+        blocks += [section.note] if section.note else []
     return "\n\n".join([*blocks, "## Limits", LIMITS]) + "\n"
 
 
