@@ -48,19 +48,53 @@ if TYPE_CHECKING:
     from jaxunlearn.layers import LayerSpec as LayerSpec
     from jaxunlearn.linalg import psd_eigh as psd_eigh
     from jaxunlearn.methods import METHODS as METHODS
+    from jaxunlearn.methods import BadTeacherConfig as BadTeacherConfig
+    from jaxunlearn.methods import BoundaryExpandingConfig as BoundaryExpandingConfig
+    from jaxunlearn.methods import BoundaryShrinkConfig as BoundaryShrinkConfig
+    from jaxunlearn.methods import DampeningConfig as DampeningConfig
     from jaxunlearn.methods import DeepUnlearningConfig as DeepUnlearningConfig
     from jaxunlearn.methods import DimensionalAlignmentConfig as DimensionalAlignmentConfig
     from jaxunlearn.methods import FinetuneConfig as FinetuneConfig
+    from jaxunlearn.methods import FisherNoiseConfig as FisherNoiseConfig
     from jaxunlearn.methods import ForgetVectorsConfig as ForgetVectorsConfig
+    from jaxunlearn.methods import GradientAscentConfig as GradientAscentConfig
+    from jaxunlearn.methods import HeadEditConfig as HeadEditConfig
+    from jaxunlearn.methods import IdentityConfig as IdentityConfig
+    from jaxunlearn.methods import InfluenceConfig as InfluenceConfig
+    from jaxunlearn.methods import KernelTransposeConfig as KernelTransposeConfig
+    from jaxunlearn.methods import MaskedSmallGradientsConfig as MaskedSmallGradientsConfig
+    from jaxunlearn.methods import NegativeGradientPlusConfig as NegativeGradientPlusConfig
     from jaxunlearn.methods import RandomLabelsConfig as RandomLabelsConfig
+    from jaxunlearn.methods import RetrainConfig as RetrainConfig
+    from jaxunlearn.methods import SaliencyConfig as SaliencyConfig
+    from jaxunlearn.methods import ScarConfig as ScarConfig
+    from jaxunlearn.methods import ScrubConfig as ScrubConfig
     from jaxunlearn.methods import Unlearned as Unlearned
     from jaxunlearn.methods import UnlearningProblem as UnlearningProblem
     from jaxunlearn.methods import UNSCConfig as UNSCConfig
+    from jaxunlearn.methods import UnsirConfig as UnsirConfig
+    from jaxunlearn.methods import bad_teacher as bad_teacher
+    from jaxunlearn.methods import boundary_expanding as boundary_expanding
+    from jaxunlearn.methods import boundary_shrink as boundary_shrink
+    from jaxunlearn.methods import dampening as dampening
     from jaxunlearn.methods import deep_unlearning as deep_unlearning
     from jaxunlearn.methods import finetune as finetune
+    from jaxunlearn.methods import fisher_noise as fisher_noise
+    from jaxunlearn.methods import gradient_ascent as gradient_ascent
+    from jaxunlearn.methods import head_edit as head_edit
+    from jaxunlearn.methods import identity as identity
+    from jaxunlearn.methods import influence as influence
+    from jaxunlearn.methods import kernel_transpose as kernel_transpose
     from jaxunlearn.methods import learn_forget_vectors as learn_forget_vectors
+    from jaxunlearn.methods import masked_small_gradients as masked_small_gradients
+    from jaxunlearn.methods import negative_gradient_plus as negative_gradient_plus
     from jaxunlearn.methods import random_labels as random_labels
+    from jaxunlearn.methods import retrain as retrain
+    from jaxunlearn.methods import saliency as saliency
+    from jaxunlearn.methods import scar as scar
+    from jaxunlearn.methods import scrub as scrub
     from jaxunlearn.methods import unsc as unsc
+    from jaxunlearn.methods import unsir as unsir
     from jaxunlearn.network import with_preprocessing as with_preprocessing
     from jaxunlearn.nnx_models import nnx_model as nnx_model
     from jaxunlearn.preprocessing import augmenter as augmenter
@@ -99,20 +133,36 @@ if TYPE_CHECKING:
     from jaxunlearn.transforms import project_updates as project_updates
 
 _HOME = {
+    "BadTeacherConfig": "methods",
     "Batches": "batches",
+    "BoundaryExpandingConfig": "methods",
+    "BoundaryShrinkConfig": "methods",
     "CholeskyProjector": "projectors",
+    "DampeningConfig": "methods",
     "DeepUnlearningConfig": "methods",
     "DimensionalAlignmentConfig": "methods",
     "DualProjector": "projectors",
     "Eigenbasis": "subspace",
     "FinetuneConfig": "methods",
+    "FisherNoiseConfig": "methods",
     "ForgetVectorsConfig": "methods",
+    "GradientAscentConfig": "methods",
     "GramState": "gram",
+    "HeadEditConfig": "methods",
+    "IdentityConfig": "methods",
+    "InfluenceConfig": "methods",
+    "KernelTransposeConfig": "methods",
     "LayerSpec": "layers",
     "METHODS": "methods",
+    "MaskedSmallGradientsConfig": "methods",
+    "NegativeGradientPlusConfig": "methods",
     "Projector": "projectors",
     "RandomLabelsConfig": "methods",
+    "RetrainConfig": "methods",
     "RunConfig": "config",
+    "SaliencyConfig": "methods",
+    "ScarConfig": "methods",
+    "ScrubConfig": "methods",
     "Source": "data",
     "SpectralProjector": "projectors",
     "Splits": "data",
@@ -121,14 +171,19 @@ _HOME = {
     "UNSCConfig": "methods",
     "Unlearned": "methods",
     "UnlearningProblem": "methods",
+    "UnsirConfig": "methods",
     "accumulate_class_grams": "gram",
     "accumulate_gram": "gram",
     "accuracy": "training",
     "augmenter": "preprocessing",
+    "bad_teacher": "methods",
+    "boundary_expanding": "methods",
+    "boundary_shrink": "methods",
     "capture_inputs": "capture",
     "capture_outputs": "capture",
     "certified_basis": "soft_projectors",
     "config_from_mapping": "config",
+    "dampening": "methods",
     "data_mesh": "sharding",
     "deep_unlearning": "methods",
     "describe_layers": "capture",
@@ -141,13 +196,19 @@ _HOME = {
     "feature_metrics": "evaluation.feature_metrics",
     "features": "activations",
     "finetune": "methods",
+    "fisher_noise": "methods",
     "fit": "training",
     "from_arrays": "sources",
     "gap_to_retrain": "evaluation.report",
+    "gradient_ascent": "methods",
+    "head_edit": "methods",
+    "identity": "methods",
     "importance": "soft_projectors",
     "importance_solve": "soft_projectors",
     "importance_solve_rows": "soft_projectors",
+    "influence": "methods",
     "k_means": "evaluation.clustering",
+    "kernel_transpose": "methods",
     "layer_inputs": "capture",
     "leading_space": "subspace",
     "learn_forget_vectors": "methods",
@@ -155,7 +216,9 @@ _HOME = {
     "load_config": "config",
     "load_source": "sources",
     "mask_updates": "transforms",
+    "masked_small_gradients": "methods",
     "merge_grams": "gram",
+    "negative_gradient_plus": "methods",
     "nnx_model": "nnx_models",
     "normalizer": "preprocessing",
     "null_space": "subspace",
@@ -168,9 +231,13 @@ _HOME = {
     "randomized_eigh": "randomized",
     "replicate": "sharding",
     "restore_variables": "checkpoint",
+    "retrain": "methods",
     "run": "experiment",
     "run_epoch": "epochs",
+    "saliency": "methods",
     "save_variables": "checkpoint",
+    "scar": "methods",
+    "scrub": "methods",
     "sgd": "training",
     "shard_batch": "sharding",
     "silence_classes": "edits",
@@ -184,6 +251,7 @@ _HOME = {
     "truncate": "subspace",
     "unreplicate": "sharding",
     "unsc": "methods",
+    "unsir": "methods",
     "with_features": "activations",
     "with_preprocessing": "network",
 }

@@ -105,6 +105,69 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    config: Annotated[
+        Path, typer.Argument(help="TOML file of a comparison: configs/digits_compare.toml.")
+    ],
+    overrides: Overrides = None,
+    out: Out = None,
+    models: Annotated[
+        Path | None,
+        typer.Option("--models", help="Folder of trained models, to share; default OUT/models."),
+    ] = None,
+    data_dir: DataDir = None,
+    weights: Weights = None,
+    devices: Devices = None,
+    quiet: Quiet = False,
+) -> None:
+    """Several methods and seeds on one problem: compare.json, compare.md and a figure."""
+    with _answered():
+        from jaxunlearn.compare_config import load_comparison
+
+        given = _given(overrides, out, data_dir, weights, devices)
+        comparison = load_comparison(config, given)
+
+        from jaxunlearn.compare import compare as run_comparison
+        from jaxunlearn.report.comparison import findings
+
+        console = _console()
+        shown = None if quiet else console
+        content = run_comparison(comparison, models=models, console=shown)
+        for sentence in findings(content):
+            console.print(sentence, highlight=False, markup=False)
+        files = f"compare.json, compare.md and compare.png in {comparison.base.out}"
+        console.print(files, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def tune(
+    config: Annotated[
+        Path, typer.Argument(help="TOML file of a search: a run's, with a table [tune].")
+    ],
+    overrides: Overrides = None,
+    out: Out = None,
+    data_dir: DataDir = None,
+    weights: Weights = None,
+    devices: Devices = None,
+    quiet: Quiet = False,
+) -> None:
+    """Search a method's settings by the gap to the retrained model on validation data."""
+    with _answered():
+        from jaxunlearn.tune_config import load_search
+
+        search = load_search(config, _given(overrides, out, data_dir, weights, devices))
+
+        from jaxunlearn.tune import tune as run_search
+
+        console = _console()
+        best = run_search(search, console=None if quiet else console)["best"]
+        told = f"least gap {best['gap']:.2%} with {best['settings']}"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
+        files = f"best.toml and tune.json in {search.base.out}"
+        console.print(files, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def methods() -> None:
     """List the unlearning methods, the data each needs and the scopes it supports."""
     with _answered():
@@ -141,7 +204,7 @@ def _answered() -> Iterator[None]:
     """Faults of the user's become one message on stderr and exit status 1."""
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         message = f"[bold red]error:[/] {escape(str(error))}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
@@ -150,6 +213,25 @@ def _answered() -> Iterator[None]:
 def _console() -> Console:
     """As wide as the terminal; a file or pipe has no width, and gets one that no table exceeds."""
     return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def _given(
+    overrides: list[str] | None,
+    out: Path | None,
+    data_dir: Path | None,
+    weights: Path | None,
+    devices: int | None,
+) -> list[str]:
+    """Overrides of the command line, its flags last."""
+    paths = {"out": out, "data.data_dir": data_dir, "train.weights": weights}
+    flags: dict[str, str | int] = {
+        key: str(path) for key, path in paths.items() if path is not None
+    }
+    if devices is not None:
+        flags["devices"] = devices
+    # A JSON string is a TOML string.
+    given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flags.items()]
+    return [*(overrides or []), *given]
 
 
 def _carry_out(
@@ -162,19 +244,11 @@ def _carry_out(
     devices: int | None,
     quiet: bool,
 ) -> None:
-    paths = {"out": out, "data.data_dir": data_dir, "train.weights": weights}
-    flags: dict[str, str | int] = {
-        key: str(path) for key, path in paths.items() if path is not None
-    }
-    if devices is not None:
-        flags["devices"] = devices
-    # A JSON string is a TOML string.
-    given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flags.items()]
     with _answered():
         # Imported here: help and usage errors need not wait for this, nor a config's for JAX.
         from jaxunlearn.config import load_config
 
-        config = load_config(config_file, [*(overrides or []), *given])
+        config = load_config(config_file, _given(overrides, out, data_dir, weights, devices))
 
         from jaxunlearn.experiment import run as run_experiment
         from jaxunlearn.report import console_table, features_table

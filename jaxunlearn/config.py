@@ -242,17 +242,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
       >>> config.data.source, config.train.epochs, config.out
       ('tfds:cifar10', 5, 'runs/toy')
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; wanted the TOML file of a run")
-    try:
-        tables = {"out": f"runs/{path.stem}"} | tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid TOML: {error}") from error
+    path, tables = Path(path), read_tables(path)
     try:
         return config_from_mapping(tables, overrides)
     except ValueError as error:
         raise ValueError(f"{path}:\n{indent(str(error), '  ')}") from error
+
+
+def read_tables(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file, and an ``out`` after its name if they have none.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: invalid TOML.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; wanted the TOML file of a run")
+    try:
+        return {"out": f"runs/{path.stem}"} | tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from error
 
 
 def config_from_mapping(mapping: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
@@ -264,7 +274,7 @@ def config_from_mapping(mapping: Mapping[str, Any], overrides: Sequence[str] = (
     """
     tables = copy.deepcopy(dict(mapping))
     for override in overrides:
-        _apply(override, tables)
+        apply_override(override, tables)
     for section, kind in (("model", ModelConfig), ("unlearn", UnlearnConfig)):
         named = {field.name for field in dataclasses.fields(kind)} - {"options"}
         if isinstance(table := tables.get(section), dict):
@@ -299,7 +309,8 @@ def fingerprint(mapping: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(mapping, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _apply(override: str, tables: dict[str, Any]) -> None:
+def apply_override(override: str, tables: dict[str, Any]) -> None:
+    """Set one key of nested tables in place, as ``section.key=value`` says."""
     key, _, text = override.partition("=")
     *sections, name = key.strip().split(".")
     _require(

@@ -51,44 +51,61 @@ def run(
       FloatingPointError: a training or an unlearning diverged.
     """
     prepared = prepare(config)
-    environment = describe_environment(config.devices) | {"seed": config.seed}
-    folder = RunFolder(
-        Path(config.out),
-        config=to_mapping(config),
-        environment=environment,
-        identity=_identity(prepared),
-    )
-    keys = dict(
-        zip(
-            ("original", "retrained", "unlearn"),
-            jax.random.split(jax.random.key(config.seed), 3),
-            strict=True,
-        )
-    )
-    template = prepared.network.template
-    models, records = {}, {}
-    models["original"], records["train"] = folder.stage(
-        "original", template, lambda: _original(prepared, keys, folder, console)
-    )
-    models["retrained"] = None
-    if has_reference(config):
-        models["retrained"], records["retrain"] = folder.stage(
-            "retrained", template, lambda: _retrained(prepared, keys, folder, console)
-        )
-    references = _references(prepared, keys["retrained"], folder, records, console)
+    folder = run_folder(prepared)
+    models, references, records = trained(prepared, folder, console)
     if until == "train":
         return None
     models["unlearned"], records["unlearn"] = folder.stage(
         "unlearned",
         _unlearned_template(prepared),
-        lambda: _unlearned(prepared, keys["unlearn"], models["original"]),
+        lambda: _unlearned(prepared, run_keys(config)["unlearn"], models["original"]),
     )
     if until == "unlearn":
         return None
     return evaluated(prepared, folder, models, references, records)
 
 
-def _identity(prepared: Prepared) -> dict[str, Any]:
+def run_folder(prepared: Prepared) -> RunFolder:
+    """The folder of a run; refused if it holds another one."""
+    config = prepared.config
+    return RunFolder(
+        Path(config.out),
+        config=to_mapping(config),
+        environment=describe_environment(config.devices) | {"seed": config.seed},
+        identity=identity_of(prepared),
+    )
+
+
+def run_keys(config: RunConfig) -> dict[str, jax.Array]:
+    """Keys of the stages of a run, by its seed alone."""
+    names = ("original", "retrained", "unlearn")
+    return dict(zip(names, jax.random.split(jax.random.key(config.seed), 3), strict=True))
+
+
+def trained(
+    prepared: Prepared, folder: RunFolder, console: Console | None = None
+) -> tuple[dict[str, Any], list[Any], dict[str, dict]]:
+    """The models that a method starts from and is compared with: those of the folder, or trained.
+
+    Returns:
+      ``{"original": variables, "retrained": variables or None}``, variables of further retrained
+      models, and the records of the stages.
+    """
+    keys, template = run_keys(prepared.config), prepared.network.template
+    models, records = {}, {}
+    models["original"], records["train"] = folder.stage(
+        "original", template, lambda: _original(prepared, keys, folder, console)
+    )
+    models["retrained"] = None
+    if has_reference(prepared.config):
+        models["retrained"], records["retrain"] = folder.stage(
+            "retrained", template, lambda: _retrained(prepared, keys, folder, console)
+        )
+    references = _references(prepared, keys["retrained"], folder, records, console)
+    return models, references, records
+
+
+def identity_of(prepared: Prepared) -> dict[str, Any]:
     """What each stage depends on: sections of the config, and the content of what these name."""
     mapping = to_mapping(prepared.config)
     mapping["data"].pop("data_dir")

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import os
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,13 +16,15 @@ from jaxunlearn.activations import with_features
 from jaxunlearn.backdoor import plant_backdoor
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import describe_layers
-from jaxunlearn.config import RunConfig, TrainConfig
+from jaxunlearn.config import RunConfig, TrainConfig, UnlearnConfig
 from jaxunlearn.data import Source, Splits, split
 from jaxunlearn.methods import METHODS, Method, UnlearningProblem
+from jaxunlearn.methods.base import Recipe
 from jaxunlearn.network import Network, build_network, given_variables
 from jaxunlearn.paths import reference_data, resolve_path
 from jaxunlearn.preprocessing import augmenter
 from jaxunlearn.sharding import run_mesh
+from jaxunlearn.shift_assessment import check_shifts
 from jaxunlearn.sources import load_source
 from jaxunlearn.steps import Augment, TrainState, train_step
 from jaxunlearn.training import sgd
@@ -63,16 +66,10 @@ def prepare(config: RunConfig) -> Prepared:
       >>> len(prepared.splits.forget), prepared.method.name
       (146, 'unsc')
     """
-    method = _method(config.unlearn.method)
-    method_config: Any = typed(method.config, config.unlearn.options, where="unlearn")
+    method, method_config = _method(config.unlearn)
     _check_files(config)
     mesh = run_mesh(config.devices)
     source, splits = _requested(config)
-    _check_scope(method, config, splits)
-    if getattr(method_config, "select_on", None) == "test" and not len(splits.forget_test):
-        raise ValueError(
-            'unlearn.select_on = "test": forgotten samples have no test data; write "train"'
-        )
     network = build_network(config.model, config.data, source)
     train, retrain = config.train, config.retrain
     augment = augmenter(crop=train.crop, flip=train.flip) if train.crop or train.flip else None
@@ -83,10 +80,37 @@ def prepare(config: RunConfig) -> Prepared:
     prepared = Prepared(
         config, source, splits, network, method, method_config, augment, given, mesh
     )
+    prepared = with_method(prepared, config.unlearn)
     _check_features(prepared)
+    if config.evaluate.shifts.enabled:
+        scale = config.data.scale or source.scale
+        check_shifts(network.apply_fn, network.template, source, scale)
     _check_training(prepared)
+    return prepared
+
+
+def with_method(prepared: Prepared, unlearn: UnlearnConfig) -> Prepared:
+    """The same run with another method, whose settings are checked. Data and network are kept.
+
+    Raises:
+      ValueError: an unknown method, settings that it refuses or lacks, a scope that it lacks.
+
+    Examples:
+      >>> from jaxunlearn.config import config_from_mapping
+      >>> prepared = prepare(config_from_mapping({"data": {"forget": 3}}))
+      >>> with_method(prepared, UnlearnConfig("finetune", {"epochs": 2})).method_config.epochs
+      2
+    """
+    method, method_config = _method(unlearn)
+    config = dataclasses.replace(prepared.config, unlearn=unlearn)
+    _check_scope(method, config, prepared.splits)
+    if getattr(method_config, "select_on", None) == "test" and not len(prepared.splits.forget_test):
+        raise ValueError(
+            'unlearn.select_on = "test": forgotten samples have no test data; write "train"'
+        )
+    prepared = prepared._replace(config=config, method=method, method_config=method_config)
     try:
-        method.check(unlearning_problem(prepared, network.template), method_config)
+        method.check(unlearning_problem(prepared, prepared.network.template), method_config)
     except ValueError as error:
         raise ValueError(f"unlearn: {error}") from error
     return prepared
@@ -100,9 +124,11 @@ def training_batches(prepared: Prepared, rows: np.ndarray) -> Batches:
 
 def unlearning_problem(prepared: Prepared, variables: Any) -> UnlearningProblem:
     """What a run hands to its method: the model with these variables, the data of the request."""
-    splits, selection, held_out = prepared.splits, None, None
-    if len(rows := retained_validation(prepared)):
-        held_out = training_batches(prepared, rows)
+    splits, train, selection = prepared.splits, prepared.config.train, None
+    held_out, held_out_forget = (
+        training_batches(prepared, rows) if len(rows) else None
+        for rows in (retained_validation(prepared), forgotten_validation(prepared))
+    )
     if getattr(prepared.method_config, "select_on", None) == "test":
         test, size = prepared.source.test, prepared.config.train.batch_size
         forget, retain = (
@@ -121,6 +147,9 @@ def unlearning_problem(prepared: Prepared, variables: Any) -> UnlearningProblem:
         pixel_scale=prepared.config.data.scale or prepared.source.scale,
         mesh=prepared.mesh,
         held_out=held_out,
+        held_out_forget=held_out_forget,
+        init_fn=prepared.network.init,
+        recipe=Recipe(partial(optimizer_of, train), train.epochs, train.batch_size),
         selection=selection,
     )
 
@@ -147,18 +176,30 @@ def retained_validation(prepared: Prepared) -> np.ndarray:
     return splits.validation[~np.isin(labels, splits.forget_classes)]
 
 
+def forgotten_validation(prepared: Prepared) -> np.ndarray:
+    """Validation rows like the forget data: those of forgotten classes, or all for samples."""
+    source, splits = prepared.source, prepared.splits
+    if not splits.forget_classes:
+        return splits.validation
+    labels = source.train.labels[splits.validation]
+    return splits.validation[np.isin(labels, splits.forget_classes)]
+
+
 def has_reference(config: RunConfig) -> bool:
     """Whether the run has a retrained model, trained or given."""
     return config.retrain.enabled or config.retrain.checkpoint is not None
 
 
-def _method(name: str) -> Method:
+def _method(unlearn: UnlearnConfig) -> tuple[Method, Any]:
+    """The method and its settings, checked by themselves: before the data are read."""
+    name = unlearn.method
     if name not in METHODS:
         nearest = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"unknown method {name!r}; did you mean {nearest!r}? There are {', '.join(METHODS)}"
         )
-    return METHODS[name]
+    method = METHODS[name]
+    return method, typed(method.config, unlearn.options, where="unlearn")
 
 
 def _data_dir(config: RunConfig) -> str | None:

@@ -93,7 +93,7 @@ def test_fine_tuning_is_descent_on_the_mean_loss_of_the_retain_data(problem):
 
 def test_fine_tuning_lowers_the_loss_on_retain_data(problem):
     info = tuned(problem, epochs=4, learning_rate=10.0, batch_size=16).info
-    assert (np.diff(info["losses"]) < 0).all()
+    assert (np.diff([row["loss_retain"] for row in info["epochs"]]) < 0).all()
     assert (info["steps"], info["forget_passes"], info["retain_passes"]) == (4 * 3, 0, 4)
 
 
@@ -104,6 +104,47 @@ def test_fine_tuning_never_reads_forget_data(problem):
     assert_same(other, after)
     read = tuned(dataclasses.replace(problem, retain=noisy(problem.retain)), **settings)
     assert (kernel_of(read)[0] != kernel_of(after)[0]).any()
+
+
+def test_the_l1_norm_weighs_less_from_epoch_to_epoch(problem):
+    """Two steps an epoch, three epochs, against a loop."""
+    start = np.random.default_rng(0).normal(size=(N, K)) * (np.arange(K) != 2)
+    K_0 = {"params": {"kernel": jnp.asarray(start, jnp.float32)}}
+    sparse = dataclasses.replace(problem, variables=K_0)
+    after = tuned(sparse, epochs=3, batch_size=N_R // 2, l1=0.3)
+    plain = tuned(sparse, epochs=3, batch_size=N_R // 2)
+    rows = start[:N_F]  # which no loss reads
+    for weight in (0.3, 0.3, 0.2, 0.2, 0.1, 0.1):
+        rows = rows - np.float32(weight) * np.sign(rows)
+    np.testing.assert_allclose(kernel_of(after)[0], rows, atol=1e-5)
+    np.testing.assert_array_equal(kernel_of(plain)[0], np.float32(start[:N_F]))
+    norm = after.info["l1_norm"]
+    assert norm["before"] == pytest.approx(np.abs(start).sum(), rel=1e-5)
+    assert norm["after"] == pytest.approx(np.abs(kernel_of(after)[0]).sum(), rel=0.2)
+    assert norm["after"] < norm["before"]
+    assert after.info["notes"] == []
+    assert "l1_norm" not in plain.info
+
+
+def test_an_l1_norm_that_outweighs_the_loss_is_noted(net_problem):
+    settings = {"epochs": 30, "learning_rate": 0.1, "momentum": 0.0, "batch_size": 12}
+    info = finetune(KEY, net_problem, FinetuneConfig(l1=1.0, **settings)).info
+    assert info["l1_norm"]["after"] < 0.1 * info["l1_norm"]["before"]
+    (note,) = info["notes"]
+    assert note.startswith("l1 = 1.0 took the norm of the parameters down to ")
+
+
+def test_the_l1_norm_may_be_that_of_kernels_alone(net_problem):
+    still = {"learning_rate": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "l1": 1.0}
+    variables = jax.tree.map(lambda leaf: leaf + 1, net_problem.variables)
+    request = dataclasses.replace(net_problem, variables=variables)
+    for leaves, shrunk in (("all", {"kernel", "bias", "scale"}), ("kernels", {"kernel"})):
+        config = FinetuneConfig(epochs=1, batch_size=12, l1_leaves=leaves, **still)
+        none = dataclasses.replace(config, l1=0.0)
+        sparse, plain = (finetune(KEY, request, c).variables["params"] for c in (config, none))
+        change = jax.tree.map(lambda a, b: (a < b).all(), sparse, plain)
+        found = {path[-1].key for path, is_less in jax.tree.leaves_with_path(change) if is_less}
+        assert found == shrunk
 
 
 @pytest.mark.parametrize("run", [tuned, drawn])
@@ -199,6 +240,47 @@ def test_the_retain_pass_is_descent_on_the_true_labels_with_the_same_optimiser(p
     assert (info["steps"], info["forget_passes"], info["retain_passes"]) == (2, 1, 1)
 
 
+def test_shuffled_together_one_pass_reads_both_sets_with_labels_drawn_once(problem):
+    """Each step takes the mean over a batch of both; the learning rate is 1."""
+    settings = {"retain_pass": True, "redraw": "once", "shuffle_together": True, "batch_size": N}
+    kernels = [np.zeros((N, K))]
+    for epochs in (1, 2, 3):
+        after = drawn(problem, epochs=epochs, **settings)
+        kernels.append(np.concatenate(kernel_of(after)))
+    steps = np.diff(kernels, axis=0)
+    assert ((steps > 0).sum(-1) == 1).all()
+    labels = steps.argmax(-1)
+    assert (labels == labels[0]).all()
+    np.testing.assert_array_equal(labels[0][N_F:], problem.retain.labels)
+    assert not (labels[0][:N_F] == 1).any()
+    np.testing.assert_allclose(np.max(kernels[1], axis=1), (1 - 1 / K) / N, rtol=1e-5)
+    info = after.info
+    assert (info["steps"], info["forget_passes"], info["retain_passes"]) == (3, 3, 3)
+    assert set(info["epochs"][0]) == {"epoch", "loss_both"}
+
+
+def test_a_share_of_the_retain_data_counts_as_such_when_shuffled_together(problem):
+    after = drawn(
+        problem,
+        **{"retain_pass": True, "redraw": "once", "shuffle_together": True},
+        epochs=2,
+        retain_fraction=0.25,
+        optimizer="adam",
+        learning_rate=0.1,
+    )
+    gone, kept = kernel_of(after)
+    assert np.count_nonzero(kept.any(1)) == N_R / 4
+    assert gone.any(1).all()
+    info = after.info
+    assert (info["forget_passes"], info["retain_passes"]) == (2, 0.5)
+
+
+@pytest.mark.parametrize("settings", [{"redraw": "epoch"}, {"retain_pass": False}])
+def test_labels_that_are_drawn_later_cannot_be_shuffled(settings):
+    with pytest.raises(ValueError, match=r'write redraw = "once" and retain_pass = True'):
+        RandomLabelsConfig(**{"redraw": "once", "shuffle_together": True} | settings)
+
+
 # --- both -----------------------------------------------------------------------------------------
 
 
@@ -232,9 +314,7 @@ def test_eval_mode_freezes_batch_statistics_and_dropout(net_problem, run):
         before = net_problem.variables["batch_stats"]["BatchNorm_0"]
         now = after.variables["batch_stats"]["BatchNorm_0"]
         assert all((before[name] == now[name]).all() == frozen for name in ("mean", "var"))
-        rows = after.info.get("losses") or [
-            (r["loss_forget"], r["loss_retain"]) for r in after.info["epochs"]
-        ]
+        rows = [[row[name] for name in row if name != "epoch"] for row in after.info["epochs"]]
         assert np.allclose(rows[0], rows[1], atol=1e-6) == frozen
 
 
@@ -246,6 +326,15 @@ def test_choices_that_do_not_exist_are_refused(name, choices):
     # The type checks of the test environment would refuse it first.
     object.__setattr__(config, name, "other")
     with pytest.raises(ValueError, match=rf"{name} = 'other': write one of \({choices}\)"):
+        config.__post_init__()
+
+
+def test_settings_of_the_l1_norm_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match=r"l1 = -1.0: wanted at least 0"):
+        FinetuneConfig(l1=-1.0)
+    config = FinetuneConfig()
+    object.__setattr__(config, "l1_leaves", "bias")
+    with pytest.raises(ValueError, match="l1_leaves = 'bias': write 'all' or 'kernels'"):
         config.__post_init__()
 
 

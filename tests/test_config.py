@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from jaxunlearn.compare_config import load_comparison
 from jaxunlearn.config import (
     ModelConfig,
     RunConfig,
@@ -20,6 +22,7 @@ from jaxunlearn.config import (
 from jaxunlearn.methods import METHODS
 from jaxunlearn.models import build
 from jaxunlearn.paths import reference_data, resolve_path
+from jaxunlearn.tune_config import load_search
 
 FORGET = {"data": {"forget": 3}}
 
@@ -296,6 +299,16 @@ COMMITTED = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_a_committed_config_is_one_that_its_method_and_model_take(path):
-    config = load_config(path)
-    typed(METHODS[config.unlearn.method].config, config.unlearn.options, where="unlearn")
+    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    if "compare" in tables:
+        comparison = load_comparison(path)
+        config, methods = comparison.base, [x.unlearn for x in comparison.entries if not x.skip]
+    elif "tune" in tables:
+        config = load_search(path).base
+        methods = [config.unlearn]
+    else:
+        config = load_config(path)
+        methods = [config.unlearn]
+    for unlearn in methods:
+        typed(METHODS[unlearn.method].config, unlearn.options, where="unlearn")
     build(config.model.name, num_classes=10, **config.model.options)

@@ -706,6 +706,7 @@ def held(seed):
     return bands(list(toy_cases(seed, settings, probe=False)))
 
 
+@pytest.mark.slow
 def test_every_band_holds_on_the_first_seed():
     assert [name for name, (_, holds) in held(0).items() if not holds] == []
 

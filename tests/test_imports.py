@@ -32,11 +32,13 @@ ORDER = (
         "forget_vector_report",
         "model_outputs",
         "saliency_assessment",
+        "shift_assessment",
     ),  # parts of the experiment
     ("assessment", "network", "progress", "stages"),
     ("preparation",),
     ("run_report",),
-    ("experiment", "requests"),
+    ("compare_config", "experiment", "requests", "tune_config"),
+    ("compare", "tune"),
     ("__init__",),
     ("cli",),
 )

@@ -1,6 +1,5 @@
-"""Steps on two data sets, by hand; and what every method that is made of them promises."""
+"""Steps on two data sets, by hand."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -12,8 +11,7 @@ import pytest
 
 from jaxunlearn.batches import Batches
 from jaxunlearn.epochs import epoch_inputs, run_epoch
-from jaxunlearn.gram import GramState
-from jaxunlearn.methods import METHODS, UnlearningProblem
+from jaxunlearn.methods import UnlearningProblem
 from jaxunlearn.methods.phases import (
     check_descent,
     check_losses,
@@ -25,7 +23,6 @@ from jaxunlearn.methods.phases import (
     retained,
 )
 from jaxunlearn.models import MLP
-from jaxunlearn.sharding import data_mesh
 from jaxunlearn.steps import TrainState, gradient_step, loss_gradient
 
 K, D = 4, 6
@@ -243,112 +240,3 @@ def test_losses_and_weights_that_are_not_finite_are_an_error(problem):
 def test_settings_of_descent_outside_their_ranges_are_refused(name, value, wanted):
     with pytest.raises(ValueError, match=rf"{name} = {value!r}: wanted {wanted}"):
         check_descent(SimpleNamespace(**{name: value}))
-
-
-# --- every method of such steps -------------------------------------------------------------------
-
-# Settings under which a run is short, and those that set the rows per batch of both data sets.
-SHORT = {"epochs": 2, "learning_rate": 0.05, "weight_decay": 0.01}
-CASES = {
-    "dimensional_alignment": lambda f, r: {"forget_batch_size": f, "batch_size": r},
-    "finetune": lambda f, r: {"batch_size": r},
-    "random_labels": lambda f, r: {"forget_batch_size": f, "batch_size": r, "redraw": "once"},
-}
-
-
-def run(name, problem, *, key=KEY, rows=(4, 4), **settings):
-    method = METHODS[name]
-    config = method.config(**(SHORT | CASES[name](*rows) | settings))
-    return method.run(key, problem, config)
-
-
-@pytest.fixture(scope="module", params=CASES)
-def name(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def result(name, problem):
-    """A run, the number of traces of the model in it, and that of a second, longer run."""
-    traced = []
-
-    def counted(variables, inputs, **kwargs):
-        traced.append(inputs.shape)
-        return APPLY(variables, inputs, **kwargs)
-
-    request = dataclasses.replace(problem, apply_fn=counted)
-    unlearned = run(name, request)
-    first = len(traced)
-    again = run(name, request, epochs=4)
-    return unlearned, again, first, len(traced) - first
-
-
-def test_a_key_sets_every_bit(name, problem, result):
-    unlearned, again, _, _ = result
-    request = dataclasses.replace(problem, apply_fn=APPLY)
-    assert_same(run(name, request).variables, unlearned.variables)
-    other = run(name, request, key=jax.random.key(1)).variables["params"]["head"]["kernel"]
-    assert (other != unlearned.variables["params"]["head"]["kernel"]).any()
-    longer = again.variables["params"]["head"]["kernel"]
-    assert (longer != unlearned.variables["params"]["head"]["kernel"]).any()
-
-
-def test_the_model_keeps_its_form_and_the_inputs_their_values(data, problem, result):
-    before, after = problem.variables, result[0].variables
-    assert jax.tree.structure(before) == jax.tree.structure(after)
-    form = lambda leaf: (leaf.shape, leaf.dtype)  # noqa: E731
-    assert jax.tree.map(form, before) == jax.tree.map(form, after)
-    for leaf in jax.tree.leaves(after):
-        assert np.isfinite(leaf).all()
-    assert_same(before, jax.jit(MODEL.init)(jax.random.key(1), data[0]))
-    np.testing.assert_array_equal(problem.retain.inputs, data[0][np.arange(24) % K != 1])
-
-
-def test_the_model_is_traced_once_for_each_use_whatever_the_epochs(name, result):
-    # Two checks and the steps; for alignment also the layers, their check, the Gram, the accuracy.
-    expected = {"dimensional_alignment": 8, "finetune": 3, "random_labels": 4}[name]
-    _, _, first, second = result
-    assert first == expected
-    assert second <= {"dimensional_alignment": 4}.get(name, 2)  # the checks alone
-
-
-def test_rows_that_fill_up_a_batch_count_nothing(name, problem):
-    exact, padded = (run(name, problem, rows=rows) for rows in ((6, 18), (8, 24)))
-    assert_close(padded.variables, exact.variables, atol=1e-6)
-    for key in ("losses", "epochs"):
-        for a, b in zip(padded.info.get(key, []), exact.info.get(key, []), strict=True):
-            assert a == pytest.approx(b, abs=1e-5)
-
-
-@pytest.mark.parametrize("classes", [(3,), (2, 0), ()])
-def test_every_scope_is_supported_and_changes_the_model(name, data, classes):
-    after = run(name, problem_of(data, classes)).variables["params"]["head"]["kernel"]
-    assert np.isfinite(after).all()
-    assert (after != data[2]["params"]["head"]["kernel"]).any()
-
-
-def test_on_eight_devices_the_result_is_that_of_one(name, problem, result):
-    split = run(name, dataclasses.replace(problem, mesh=data_mesh(8)))
-    assert_close(split.variables, result[0].variables, atol=1e-5)
-    for leaf in jax.tree.leaves(split.variables):
-        assert leaf.devices() == {jax.devices()[0]}
-
-
-def test_learning_rate_zero_returns_the_original_bits(name, problem):
-    still = run(name, problem, learning_rate=0.0, weight_decay=0.0)
-    assert_same(still.variables, problem.variables)
-
-
-def test_a_diverging_run_is_an_error(name, problem):
-    with pytest.raises(FloatingPointError, match=rf"{name}: losses .* lower learning_rate"):
-        run(name, problem, learning_rate=1e30)
-
-
-def test_retain_data_that_are_grams_only_are_refused(name, problem):
-    grams = {k: {"head": GramState(jnp.eye(5), jnp.int32(6))} for k in (0, 2, 3)}
-    stored = dataclasses.replace(problem, retain=None, grams=grams)
-    with pytest.raises(ValueError, match=r"trains on retain data: pass retain=Batches\(...\)"):
-        run(name, stored)
-    message = rf"{name} needs retain data: pass retain=Batches\(...\)"
-    with pytest.raises(ValueError, match=message):
-        run(name, dataclasses.replace(problem, retain=None))

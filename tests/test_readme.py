@@ -15,7 +15,7 @@ import sys
 import textwrap
 import tomllib
 import types
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,24 +23,25 @@ import pytest
 from typer.testing import CliRunner
 
 from jaxunlearn.cli import app
+from jaxunlearn.compare_config import CompareConfig
 from jaxunlearn.config import RunConfig, config_from_mapping, fingerprint, to_mapping
 from jaxunlearn.evaluation.membership import SVCAttack
 from jaxunlearn.methods import (
     METHODS,
     DeepUnlearningConfig,
     DimensionalAlignmentConfig,
-    FinetuneConfig,
     ForgetVectorsConfig,
-    RandomLabelsConfig,
     UNSCConfig,
 )
 from jaxunlearn.models import MODELS
 from jaxunlearn.preparation import prepare
 from jaxunlearn.report import example_arrays
+from jaxunlearn.tune_config import TuneConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
+PAPERS = ("unsc", "deep_unlearning", "dimensional_alignment", "forget_vectors")
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<text>.*?)^(?P=indent)``` *$", re.M | re.S
 )
@@ -184,6 +185,8 @@ def test_commands_parse_and_name_what_exists(page, commands, workspace, monkeypa
     folder = workspace(page)
     checked = {}
     monkeypatch.setattr("jaxunlearn.experiment.run", lambda config, **_: _check(config, checked))
+    monkeypatch.setattr("jaxunlearn.compare.compare", _check_comparison)
+    monkeypatch.setattr("jaxunlearn.tune.tune", _check_search)
     for command in commands:
         for word in command:
             if word.endswith((".py", ".toml")):
@@ -207,6 +210,21 @@ def _check(config, checked):
             prepare(config)
 
 
+def _check_comparison(comparison, **_):
+    for entry in comparison.entries:
+        unlearn = entry.unlearn if entry.skip is None else comparison.base.unlearn
+        _check(replace(comparison.base, unlearn=unlearn), {})
+    return {"summary": []}
+
+
+def _check_search(search, **_):
+    for key, axis in search.tune.space.items():
+        for value in axis.ends:
+            options = search.base.unlearn.options | {key: value}
+            _check(replace(search.base, unlearn=replace(search.base.unlearn, options=options)), {})
+    return {"best": {"gap": 0.0, "settings": {}}}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", _prose(page)):
@@ -228,9 +246,9 @@ def test_names_of_the_package_exist(page):
             pkgutil.resolve_name(span)
 
 
-def _rows(page):
-    """Cells of the rows of a page's tables, by their first cell."""
-    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+def _rows(text):
+    """Cells of the rows of a text's tables, by their first cell."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     # A bar inside inline code or written \| ends no cell.
     table = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
     return {cells[0].strip().strip("`"): [cell.strip() for cell in cells[1:]] for cells in table}
@@ -256,24 +274,36 @@ def _written(value):
     ("page", "config"),
     [
         ("configuration.md", RunConfig),
+        ("how-to-compare.md", CompareConfig),
+        ("how-to-compare.md", TuneConfig),
         ("unsc.md", UNSCConfig),
         ("deep-unlearning.md", DeepUnlearningConfig),
         ("dimensional-alignment.md", DimensionalAlignmentConfig),
         ("forget-vectors.md", ForgetVectorsConfig),
-        ("baselines.md", FinetuneConfig),
-        ("baselines.md", RandomLabelsConfig),
     ],
-    ids=["configuration", *METHODS],
+    ids=["configuration", "compare", "tune", *PAPERS],
 )
 def test_every_setting_is_documented_with_its_default(page, config):
-    rows = _rows(ROOT / "docs" / page)
+    _check_settings(_rows((ROOT / "docs" / page).read_text(encoding="utf-8")), config, page)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in PAPERS])
+def test_every_baseline_has_a_section_with_its_settings(name):
+    """A heading of second order that ends with the name in code, on one of the pages."""
+    heading = rf"^## [^\n]*`{name}`\n(.*?)(?=^## |\Z)"
+    found = [re.search(heading, page.read_text(encoding="utf-8"), re.M | re.S) for page in PAGES]
+    (section,) = [match[1] for match in found if match]
+    _check_settings(_rows(section), METHODS[name].config, f"the section on {name}")
+
+
+def _check_settings(rows, config, where):
     for key, default in _defaults(config).items():
-        assert key in rows, f"{page} has no row for {key}"
+        assert key in rows, f"{where} has no row for {key}"
         assert default in rows[key], f"{key}: {rows[key]}, wanted {default}"
 
 
 def test_every_network_is_documented_with_its_options():
-    rows = _rows(ROOT / "docs" / "configuration.md")
+    rows = _rows((ROOT / "docs" / "configuration.md").read_text(encoding="utf-8"))
     for name, network in MODELS.items():
         options = {
             key: parameter.default

@@ -13,6 +13,7 @@ import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
@@ -21,6 +22,20 @@ from jaxunlearn.capture import ApplyFn
 from jaxunlearn.gram import GramState
 from jaxunlearn.layers import LayerSpec
 from jaxunlearn.steps import Augment
+
+
+class Recipe(NamedTuple):
+    """How the model was trained, for methods that train one anew.
+
+    Attributes:
+      optimizer: of the number of steps per epoch.
+      epochs: passes over the data.
+      batch_size: examples per step.
+    """
+
+    optimizer: Callable[[int], optax.GradientTransformation]
+    epochs: int
+    batch_size: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +59,12 @@ class UnlearningProblem:
       mesh: devices over which a method splits its batches; None for one. Variables and data lie on
         one device all the same, and so does the result.
       held_out: retained images that the model was not trained on, for methods that stop by them.
+      held_out_forget: images distributed like the forget data that the model was not trained on,
+        such as validation images of the forgotten classes; for methods that rewind by them.
+      surrogate: images of another distribution, for methods that hold the model in place by them.
+        Their labels are not read.
+      init_fn: ``key -> variables``, untrained, for methods that need such a model.
+      recipe: how the model was trained, for methods that retrain.
       selection: forget and retain data on which a method's settings are chosen in place of training
         data, where its config asks for that. Test data here make the result an upper bound.
     """
@@ -59,12 +80,26 @@ class UnlearningProblem:
     pixel_scale: float = 1.0
     mesh: Mesh | None = None
     held_out: Batches | None = None
+    held_out_forget: Batches | None = None
+    surrogate: Batches | None = None
+    init_fn: Callable[[PRNGKeyArray], Mapping[str, Any]] | None = None
+    recipe: Recipe | None = None
     selection: tuple[Batches, Batches] | None = None
 
     @property
     def scope(self) -> str:
         """``"class"``, ``"classes"`` or ``"samples"``."""
         return {0: "samples", 1: "class"}.get(len(self.forget_classes), "classes")
+
+
+_FIELDS = {
+    "held_out": "held_out=Batches(...), retained images that the model was not trained on",
+    "held_out_forget": "held_out_forget=Batches(...), images like the forget data that the model "
+    "was not trained on; in a run, set data.validation",
+    "surrogate": "surrogate=Batches(...), images of another distribution",
+    "init_fn": "init_fn=key -> variables, such as lambda key: model.init(key, x)",
+    "recipe": "recipe=Recipe(optimizer=..., epochs=..., batch_size=...)",
+}
 
 
 class Unlearned(NamedTuple):
@@ -98,7 +133,7 @@ def check_problem(
     """Refuse a problem that a method cannot work on, before work starts.
 
     Raises:
-      ValueError: a scope the method lacks; absent retain data that it needs; forget classes out of
+      ValueError: a scope the method lacks; absent fields that it needs; forget classes out of
         range, absent from the forget data or still in the retain data; nothing left to retain; NaN
         or inf in data or weights; inputs that the model does not accept; another number of logits.
     """
@@ -108,6 +143,9 @@ def check_problem(
         )
     if "retain" in needs and problem.retain is None and problem.grams is None:
         raise ValueError(f"{method} needs retain data: pass retain=Batches(...), or grams={{...}}")
+    for name, how in _FIELDS.items():
+        if name in needs and getattr(problem, name) is None:
+            raise ValueError(f"{method} needs {name}, which the problem lacks: pass {how}")
     _check_classes(problem)
     for where, batches in (("forget", problem.forget), ("retain", problem.retain)):
         if batches is not None and not all_finite(batches.inputs):

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from jaxunlearn.capture import ApplyFn
 from jaxunlearn.linalg import captured_fraction
 from jaxunlearn.methods.dimensional_alignment_config import DimensionalAlignmentConfig
+from jaxunlearn.methods.distillation import distillation, sum_counted
 from jaxunlearn.steps import Loss, supervised_loss
 
 
@@ -84,9 +85,8 @@ def recover_loss(apply_fn: ApplyFn, config: DimensionalAlignmentConfig) -> Loss:
         consts: Mapping[str, Any], batch: Mapping[str, Array], logits: Float[Array, "b k"]
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         total, metrics = supervised_loss(consts, batch, logits)
-        target = jax.nn.log_softmax(apply_fn(consts["original"], batch["inputs"]))
-        divergence = jnp.sum(jnp.exp(target) * (target - jax.nn.log_softmax(logits)), axis=-1)
-        divergence = jnp.sum(jnp.where(batch["mask"] != 0, divergence, 0))
+        original = apply_fn(consts["original"], batch["inputs"])
+        divergence = sum_counted(distillation(logits, original), batch)
         return total + config.retain_kl * divergence, metrics
 
     return loss

@@ -33,7 +33,7 @@ from jaxunlearn.methods.forget_vectors_config import ForgetVectorsConfig
 from jaxunlearn.methods.forget_vectors_effect import chosen, effect, random_set_note
 from jaxunlearn.methods.forget_vectors_learn import epoch_rows, learn_forget_vectors
 from jaxunlearn.methods.forget_vectors_losses import paper_weights
-from jaxunlearn.methods.forget_vectors_run import own_flags
+from jaxunlearn.methods.forget_vectors_run import own_flags, share_of
 
 
 def forget_vectors(
@@ -86,6 +86,7 @@ def forget_vectors(
     config = config or ForgetVectorsConfig()
     check_problem(problem, method="forget_vectors", needs=NEEDS, scopes=SCOPES)
     check_inputs(problem, config)
+    problem = share_of(problem, config.data_fraction, key)
     found = (_learned if config.bank == "none" else answer_from_bank)(key, problem, config)
     delta, judged = found.delta, found.judged
     passes, size = config.epochs * found.descents, own_flags(problem).size
@@ -98,8 +99,8 @@ def forget_vectors(
         "outside": float(judged.outside[found.at]),
         **_paper_form(config, found.info["beta"], problem),
         "steps": passes * -(-size // config.batch_size),
-        "forget_passes": passes,
-        "retain_passes": passes,
+        "forget_passes": passes * config.data_fraction,
+        "retain_passes": passes * config.data_fraction,
         "notes": found.notes,
     }
     return Unlearned({**problem.variables, "guard": {"delta": delta}}, info)

@@ -47,6 +47,8 @@ class ForgetVectorsConfig:
       start: of a vector: ``"zeros"``, or ``"normal"``, of unit variance, far too large for pixels.
       epochs: passes over forget and retain data together.
       batch_size: examples per step, of both.
+      data_fraction: share of forget and retain data that is used, the same of every class, drawn
+        once.
       learning_rate: in the first epoch.
       learning_rate_decay: factor after each epoch.
       momentum: of SGD.
@@ -76,6 +78,7 @@ class ForgetVectorsConfig:
     start: Start = "zeros"
     epochs: int = 40
     batch_size: int = 256
+    data_fraction: float = 1.0
     learning_rate: float = 0.2
     learning_rate_decay: float = 0.9
     momentum: float = 0.9

@@ -31,6 +31,8 @@ from jaxunlearn.methods.phases import check_losses
 from jaxunlearn.sharding import replicate, unreplicate
 from jaxunlearn.steps import Augment, Gradient, Step, TrainState
 
+_SHARE = 1  # of the key that draws a share of the data
+
 
 class Learned(NamedTuple):
     """What a descent gives.
@@ -62,6 +64,36 @@ def joined(problem: UnlearningProblem, batch_size: int) -> Batches:
         jnp.concatenate([forget.labels, retain.labels]),
         batch_size,
     )
+
+
+def share_of(problem: UnlearningProblem, fraction: float, key: PRNGKeyArray) -> UnlearningProblem:
+    """The same request on a share of its data, the same of every class and at least one example.
+
+    Args:
+      problem: the request.
+      fraction: in (0, 1].
+      key: what is drawn.
+
+    Examples:
+      >>> labels = jnp.array([0, 0, 1, 1, 1, 1])
+      >>> x = Batches(jnp.zeros((6, 2)), labels, 2)
+      >>> apply_fn = lambda variables, x: x
+      >>> problem = UnlearningProblem(apply_fn, {"params": {}}, x, x, num_classes=2)
+      >>> share_of(problem, 0.5, jax.random.key(0)).forget.labels.tolist()
+      [0, 1, 1]
+    """
+    if fraction == 1:
+        return problem
+    assert problem.retain is not None
+    rng = np.random.default_rng(jax.random.key_data(jax.random.fold_in(key, _SHARE)))
+
+    def part(batches: Batches) -> Batches:
+        labels = np.asarray(batches.labels)
+        own = [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
+        rows = [at[: max(1, round(fraction * len(at)))] for at in own]
+        return batches.select(np.sort(np.concatenate(rows)))
+
+    return replace(problem, forget=part(problem.forget), retain=part(problem.retain))
 
 
 def own_flags(problem: UnlearningProblem) -> np.ndarray:

@@ -5,12 +5,16 @@ requests where several are answered together (``excluded [m, n, k]``).
 """
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxunlearn.methods.base import UnlearningProblem
+
+Labels = Literal["allowed", "all"]
+Redraw = Literal["epoch", "once"]
 
 
 def pseudo_label(logits: Float[Array, " k"], excluded: Bool[Array, " k"]) -> Int[Array, ""]:
@@ -41,6 +45,33 @@ def random_label(key: PRNGKeyArray, excluded: Bool[Array, " k"]) -> Int[Array, "
       1
     """
     return jax.random.categorical(key, jnp.where(excluded, -jnp.inf, 0.0))
+
+
+def draw_labels(
+    key: PRNGKeyArray,
+    labels: Int[Array, " n"],
+    forgotten: Bool[Array, " k"],
+    choice: Labels = "allowed",
+) -> Int[Array, " n"]:
+    """Random labels of several examples.
+
+    Args:
+      key: of them all.
+      labels: true labels ``[n]``.
+      forgotten: classes forgotten as a whole, ``[k]``.
+      choice: ``"allowed"`` draws from the classes that are neither forgotten nor the example's own,
+        ``"all"`` from all of them.
+
+    Examples:
+      >>> forgotten = jnp.array([True, False, False])
+      >>> draw_labels(jax.random.key(0), jnp.array([0, 1, 2]), forgotten)[1:].tolist()
+      [2, 1]
+    """
+    k = forgotten.shape[0]
+    excluded = jax.nn.one_hot(labels, k, dtype=bool) | forgotten[None]
+    if choice == "all":
+        excluded = jnp.zeros_like(excluded)
+    return jax.vmap(random_label)(jax.random.split(key, labels.shape[0]), excluded)
 
 
 def excluded_classes(

@@ -1,10 +1,11 @@
-"""Steps on two data sets: a forget phase and a recover phase, one after the other or together.
+"""Phases of gradient methods: passes over forget and retain data, in turn or together.
 
-``consts`` and ``x`` of a step on both are ``{"forget": ..., "retain": ...}``, each as for a step on
-one; their metrics are the mean losses of each step.
+:func:`run_phases` is the loop of all methods whose epochs are passes over one data set after the
+other. A step on both at once has ``consts`` and ``x`` of the form ``{"forget": ..., "retain":
+...}``, each as for a step on one; its metrics are the mean losses of each.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -14,14 +15,112 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray
 
 from jaxunlearn.batches import Batches
-from jaxunlearn.epochs import epoch_inputs
-from jaxunlearn.methods.base import UnlearningProblem, all_finite
-from jaxunlearn.sharding import replicate
+from jaxunlearn.epochs import epoch_inputs, run_epoch
+from jaxunlearn.methods.base import Unlearned, UnlearningProblem, all_finite
+from jaxunlearn.sharding import replicate, unreplicate
 from jaxunlearn.steps import Gradient, Step, TrainState, apply_gradient, gradient_step
 from jaxunlearn.training import sgd
 
 BatchNorm = Literal["train", "eval"]
+Optimizer = Literal["sgd", "adam"]
 _STEPS = 2**31  # epoch orders fold in the epoch
+
+
+class Phase(NamedTuple):
+    """A pass over one data set with one step, in every epoch that it takes part in.
+
+    Attributes:
+      side: ``"forget"`` or ``"retain"``, whose passes are counted and whose loss is reported, or
+        ``"both"``: all forget data and a share of the retain data in one pass.
+      data: in the batches of its steps.
+      key: of the order; augmentation and dropout have one of their own, in ``consts``.
+      step: from :func:`jaxunlearn.steps.gradient_step`.
+      consts: of its steps, from :func:`phase_consts`.
+      epochs: in how many first epochs it takes part; None for all.
+    """
+
+    side: Literal["forget", "retain", "both"]
+    data: Batches
+    key: PRNGKeyArray
+    step: Step
+    consts: Mapping[str, Any]
+    epochs: int | None = None
+
+
+def run_phases(
+    method: str,
+    problem: UnlearningProblem,
+    optimizer: optax.GradientTransformation,
+    phases: Sequence[Phase],
+    epochs: int,
+    *,
+    variables: Mapping[str, Any] | None = None,
+    stop: Callable[[Mapping[str, Any]], bool] | None = None,
+    each: Callable[[Mapping[str, Any]], object] | None = None,
+    keep_finite: bool = False,
+) -> Unlearned:
+    """Epochs of passes over one data set after the other, with one state of the optimiser.
+
+    Args:
+      method: name, for errors.
+      problem: whose variables are started from, unless others are given.
+      optimizer: of all phases.
+      phases: in their order within an epoch.
+      epochs: at most that many.
+      variables: what to start from.
+      stop: asked with the variables after each epoch whether this is enough.
+      each: called with the variables after each epoch, on one device.
+      keep_finite: a run that diverges ends with the variables before that epoch; ``info`` then has
+        ``diverged`` and a note.
+
+    Returns:
+      Variables, and ``info``: ``epochs``, rows with the mean losses; ``steps``; ``forget_passes``
+      and ``retain_passes``, in units of the problem's data.
+
+    Raises:
+      FloatingPointError: a loss or a weight is no longer finite.
+    """
+    variables = dict(problem.variables if variables is None else variables)
+    state = TrainState(variables, optimizer.init(variables["params"]))
+    rows: list[dict[str, float]] = []
+    info: dict[str, Any] = {"epochs": rows, "steps": 0, "forget_passes": 0.0, "retain_passes": 0.0}
+    for epoch in range(epochs):
+        losses, before = {}, state
+        for phase in phases:
+            if phase.epochs is not None and epoch >= phase.epochs:
+                continue
+            n = phase.data.num_examples
+            xs = epoch_inputs(phase.key, n, phase.data.batch_size, epoch)
+            state, sums = run_epoch(phase.step, phase.consts, state, xs, mesh=problem.mesh)
+            losses[f"loss_{phase.side}"] = sums["loss"]
+            info["steps"] += len(phase.data)
+            _count_passes(info, problem, phase)
+        try:
+            check_losses(method, epoch, state, **losses)
+        except FloatingPointError as error:
+            if not keep_finite:
+                raise
+            state, said = before, f"{error}. The result is the model before that epoch."
+            info |= {"diverged": True, "notes": [said]}
+            break
+        rows.append({"epoch": epoch + 1, **losses})
+        if each is not None:
+            each(unreplicate(problem.mesh, state.variables))
+        if stop is not None and stop(state.variables):
+            break
+    return Unlearned(unreplicate(problem.mesh, state.variables), info)
+
+
+def _count_passes(info: dict[str, Any], problem: UnlearningProblem, phase: Phase) -> None:
+    """Add a phase's pass to the counts, in units of the problem's data."""
+    n = phase.data.num_examples
+    forget, retain = problem.forget.num_examples, problem.retain
+    both = phase.side == "both"
+    if phase.side != "retain":
+        info["forget_passes"] += 1.0 if both else n / forget
+    if phase.side != "forget":
+        rest = n - forget if both else n
+        info["retain_passes"] += rest / retain.num_examples if retain is not None else 1.0
 
 
 def interleaved_step(
@@ -117,15 +216,28 @@ class Descent(NamedTuple):
     step: Step
 
 
-def descent_of(config: Any, gradient: Gradient) -> Descent:
-    """SGD by a config's ``learning_rate``, ``momentum`` and ``weight_decay``."""
-    optimizer = sgd(
+def optimizer_of(config: Any) -> optax.GradientTransformation:
+    """By a config's ``learning_rate`` and ``weight_decay``, SGD of its ``momentum`` or Adam.
+
+    A config without ``optimizer`` means SGD. Adam's weight decay is added to the gradient, as in
+    training with SGD and as ``torch.optim.Adam`` has it.
+    """
+    if getattr(config, "optimizer", "sgd") == "adam":
+        decay = config.weight_decay
+        first = optax.add_decayed_weights(decay) if decay else optax.identity()
+        return optax.chain(first, optax.adam(config.learning_rate))
+    return sgd(
         learning_rate=config.learning_rate,
         steps_per_epoch=1,
         epochs=1,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
     )
+
+
+def descent_of(config: Any, gradient: Gradient) -> Descent:
+    """A step on this gradient, by :func:`optimizer_of`."""
+    optimizer = optimizer_of(config)
     return Descent(optimizer, gradient_step(optimizer, gradient))
 
 
@@ -142,8 +254,9 @@ def check_descent(config: Any) -> None:
         ),
         "at least 0": (("learning_rate", "weight_decay"), lambda x: x >= 0),
         "a number in [0, 1)": (("momentum",), lambda x: 0 <= x < 1),
-        "a share in (0, 1]": (("retain_fraction",), lambda x: 0 < x <= 1),
+        "a share in (0, 1]": (("retain_fraction", "data_fraction"), lambda x: 0 < x <= 1),
         "'train' or 'eval'": (("batch_norm",), lambda x: x in get_args(BatchNorm)),
+        "'sgd' or 'adam'": (("optimizer",), lambda x: x in get_args(Optimizer)),
     }
     for what, (names, holds) in wanted.items():
         for name in names:

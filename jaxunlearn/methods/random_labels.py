@@ -4,8 +4,9 @@
     θ ← θ - η ∇ mean cross-entropy                                                       retain data
 
 Golatkar et al. (arXiv:1911.04933), Graves et al. (arXiv:2010.10981); the retain pass is that of the
-sparsity and saliency papers' code. Outputs forget; the features of the forget data are driven apart
-in directions of their own.
+sparsity and saliency papers' code. Both sets shuffled into one, with labels drawn once, are what
+public code calls amnesiac unlearning (the relabelling of arXiv:2010.10981). Outputs forget; the
+features of the forget data are driven apart in directions of their own.
 """
 
 from collections.abc import Mapping
@@ -18,22 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from jaxunlearn.batches import Batches
 from jaxunlearn.capture import ApplyFn
-from jaxunlearn.epochs import epoch_inputs, run_epoch
 from jaxunlearn.methods.base import Unlearned, UnlearningProblem, check_problem
 from jaxunlearn.methods.labels import random_label
 from jaxunlearn.methods.phases import (
     BatchNorm,
     Descent,
+    Optimizer,
+    Phase,
     check_descends,
     check_descent,
-    check_losses,
     descent_of,
     phase_consts,
     retained,
+    run_phases,
 )
-from jaxunlearn.sharding import unreplicate
-from jaxunlearn.steps import Augment, TrainState, gradient_step, loss_gradient
+from jaxunlearn.steps import Augment, gradient_step, loss_gradient
 
 Labels = Literal["allowed", "all"]
 Redraw = Literal["epoch", "once"]
@@ -50,7 +52,10 @@ class RandomLabelsConfig:
         ``"all"`` from all of them.
       redraw: labels anew in every ``"epoch"``, or ``"once"``.
       retain_pass: recover on the retain data after each forget pass; without it they are not read.
+      shuffle_together: one pass over both sets, shuffled, in batches of ``batch_size``; needs
+        ``redraw="once"``. What augments the retain data then augments all.
       epochs: each one pass over the forget data, and one over the retain data.
+      optimizer: ``"sgd"`` or ``"adam"``.
       learning_rate: constant.
       momentum: of SGD; one optimiser state runs through both passes.
       weight_decay: of all leaves, added to the gradient before momentum.
@@ -64,7 +69,9 @@ class RandomLabelsConfig:
     labels: Labels = "allowed"
     redraw: Redraw = "epoch"
     retain_pass: bool = True
+    shuffle_together: bool = False
     epochs: int = 10
+    optimizer: Optimizer = "sgd"
     learning_rate: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -79,6 +86,11 @@ class RandomLabelsConfig:
         for name, kind in (("labels", Labels), ("redraw", Redraw)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} = {getattr(self, name)!r}: write one of {get_args(kind)}")
+        if self.shuffle_together and not (self.retain_pass and self.redraw == "once"):
+            raise ValueError(
+                f"shuffle_together, redraw = {self.redraw!r}, retain_pass = {self.retain_pass}: "
+                'what is shuffled needs labels first; write redraw = "once" and retain_pass = True'
+            )
 
 
 def random_labels(
@@ -92,8 +104,7 @@ def random_labels(
       config: settings.
 
     Returns:
-      Variables, and ``info``: ``epochs`` with the mean losses, ``steps``, ``forget_passes``,
-      ``retain_passes``.
+      Variables, and ``info``: see :func:`jaxunlearn.methods.phases.run_phases`.
 
     Raises:
       ValueError: see :func:`jaxunlearn.methods.base.check_problem`.
@@ -121,34 +132,26 @@ def random_labels(
     forget_step, retain = _programs(problem.apply_fn, replace(config, epochs=1), problem.augment)
     forget_key, retain_key, draw_key = jax.random.split(key, 3)
     gone = problem.forget.with_batch_size(config.forget_batch_size)
-    kept = None
-    if config.retain_pass:
-        kept = retained(draw_key, problem, config.retain_fraction, config.batch_size)
-        keep = phase_consts(retain_key, kept, problem.mesh)
     forgotten = np.isin(np.arange(problem.num_classes), problem.forget_classes)
     consts = phase_consts(forget_key, gone, problem.mesh) | {"forgotten": jnp.asarray(forgotten)}
     if config.redraw == "once":
         consts["labels"] = _draw(config, forget_key, consts, gone.labels)
-    variables = dict(problem.variables)
-    state = TrainState(variables, retain.optimizer.init(variables["params"]))
-    rows: list[dict[str, float]] = []
-    for epoch in range(config.epochs):
-        xs = epoch_inputs(forget_key, gone.num_examples, gone.batch_size, epoch)
-        state, sums = run_epoch(forget_step, consts, state, xs, mesh=problem.mesh)
-        losses = {"loss_forget": sums["loss"]}
-        if kept is not None:
-            xs = epoch_inputs(retain_key, kept.num_examples, kept.batch_size, epoch)
-            state, sums = run_epoch(retain.step, keep, state, xs, mesh=problem.mesh)
-            losses["loss_retain"] = sums["loss"]
-        check_losses("random_labels", epoch, state, **losses)
-        rows.append({"epoch": epoch + 1, **losses})
-    info = {
-        "epochs": rows,
-        "steps": config.epochs * (len(gone) + (len(kept) if kept is not None else 0)),
-        "forget_passes": config.epochs,
-        "retain_passes": config.epochs * config.retain_fraction if kept is not None else 0,
-    }
-    return Unlearned(unreplicate(problem.mesh, state.variables), info)
+    phases = [Phase("forget", gone, forget_key, forget_step, consts)]
+    if config.retain_pass:
+        kept = retained(draw_key, problem, config.retain_fraction, config.batch_size)
+        if config.shuffle_together:
+            kept = _together(kept, gone, consts["labels"])
+        keep = phase_consts(retain_key, kept, problem.mesh)
+        phases.append(Phase("retain", kept, retain_key, retain.step, keep))
+        if config.shuffle_together:
+            phases = [phases[-1]._replace(side="both")]
+    return run_phases("random_labels", problem, retain.optimizer, phases, config.epochs)
+
+
+def _together(kept: Batches, gone: Batches, labels: Int[Array, " n"]) -> Batches:
+    """One set of both, in the batches of the first."""
+    inputs = jnp.concatenate([kept.inputs, gone.inputs])
+    return Batches(inputs, jnp.concatenate([kept.labels, labels]), kept.batch_size)
 
 
 @lru_cache(maxsize=64)

@@ -55,9 +55,13 @@ def write_report(
         "arrays.npz": _npz(arrays),
         "report.md": render_markdown(report).encode(),
         "report.html": render_html(report, report_figures(report, arrays)).encode(),
-        "report.json": _json(report),
+        "report.json": json_bytes(report),
     }
-    folder = Path(folder)
+    return write_files(Path(folder), content)
+
+
+def write_files(folder: Path, content: Mapping[str, bytes]) -> dict[str, Path]:
+    """Write files in this order, each beside its place and moved there; the folder is made."""
     folder.mkdir(parents=True, exist_ok=True)
     return {name: _replace(folder / name, text) for name, text in content.items()}
 
@@ -97,7 +101,8 @@ def plain(value: Any, path: str = "report") -> Any:
     )
 
 
-def _json(report: Mapping[str, Any]) -> bytes:
+def json_bytes(report: Mapping[str, Any]) -> bytes:
+    """Indented JSON; NaN and infinities are an error."""
     return (json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 

@@ -27,19 +27,19 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     blocks = [
         f"# {_escape(title(report))}",
         f"Asked to forget {_escape(forgotten(report['problem']))}.",
-        _bullets(findings(report)),
-        _table(HEADER, summary_rows(report)),
+        bullets(findings(report)),
+        table(HEADER, summary_rows(report)),
         reading(report["problem"]),
     ]
     if rows := feature_rows(report):
-        blocks += ["## Features", _table(FEATURES_HEADER, rows)]
+        blocks += ["## Features", table(FEATURES_HEADER, rows)]
     if told := features_reading(report):
         blocks.append(told)
     if report["notes"]:
-        blocks += ["## Notes", _bullets(report["notes"])]
+        blocks += ["## Notes", bullets(report["notes"])]
     for section in details(report):
         numeric = section.header != FACTS
-        blocks += [f"## {_escape(section.title)}", _table(section.header, section.rows, numeric)]
+        blocks += [f"## {_escape(section.title)}", table(section.header, section.rows, numeric)]
         blocks += [section.note] if section.note else []
     return "\n\n".join([*blocks, "## Limits", LIMITS]) + "\n"
 
@@ -48,11 +48,13 @@ def _escape(text: str) -> str:
     return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
-def _bullets(sentences: Sequence[str]) -> str:
+def bullets(sentences: Sequence[str]) -> str:
+    """A list; names in it are escaped."""
     return "\n".join(f"- {_escape(sentence)}" for sentence in sentences)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: bool = True) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: bool = True) -> str:
+    """A GitHub table, numbers to the right; cells are escaped."""
     rule = [":--", *("--:" if numeric else ":--" for _ in header[1:])]
     lines = [header, rule, *rows]
     return "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)

@@ -1,0 +1,219 @@
+"""A comparison of methods: its table, what it says, and its figure."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from jaxunlearn.report.drawing import FORGET_BAND, GRID, ORIGINAL, RETRAINED, UNLEARNED, sheet
+from jaxunlearn.report.files import json_bytes, write_files
+from jaxunlearn.report.markdown import bullets, table
+
+Rows = Sequence[Mapping[str, Any]]
+REFERENCES = ("original", "retrained")
+COLUMNS = {
+    "forget_train": "forget train",
+    "retain_train": "retain train",
+    "forget_test": "forget test",
+    "retain_test": "retain test",
+    "mia": "attack",
+    "gap": "mean gap",
+}
+_ZOOM = 0.12  # of both axes, around the retrained models
+
+
+def summarised(rows: Rows) -> list[dict[str, Any]]:
+    """One line for each title: how many rows are fine, and mean and spread of these.
+
+    Args:
+      rows: of ``compare.json``.
+
+    Returns:
+      ``title``, ``method``, ``rows``, ``ok``, ``others`` (counts by status) and a ``reason``; for
+      each of ``COLUMNS`` ``{"mean", "sd"}`` as fractions (sd None for one row), or None; median
+      ``seconds``; ``data_used``.
+
+    Examples:
+      >>> accuracy = dict.fromkeys(["forget_train", "retain_train", "forget_test"], 0.5)
+      >>> row = {"title": "a", "method": "a", "status": "ok", "accuracy": accuracy, "mia": 0.5}
+      >>> row |= {"accuracy": accuracy | {"retain_test": None}, "gap": None, "seconds": 2.0}
+      >>> line = summarised([row | {"data_used": None}])[0]
+      >>> line["forget_train"], line["retain_test"], line["seconds"]
+      ({'mean': 0.5, 'sd': None}, None, 2.0)
+    """
+    lines = []
+    for title in dict.fromkeys(row["title"] for row in rows):
+        own = [row for row in rows if row["title"] == title]
+        fine = [row for row in own if row["status"] == "ok"]
+        others = [row["status"] for row in own if row["status"] != "ok"]
+        seconds = [row["seconds"] for row in fine if row["seconds"] is not None]
+        lines.append(
+            {
+                "title": title,
+                "method": own[0]["method"],
+                "rows": len(own),
+                "ok": len(fine),
+                "others": {status: others.count(status) for status in sorted(set(others))},
+                "reason": next((row["reason"] for row in own if row["status"] != "ok"), None),
+                **{column: _spread([_figure(row, column) for row in fine]) for column in COLUMNS},
+                "seconds": float(np.median(seconds)) if seconds else None,
+                "data_used": fine[0]["data_used"] if fine else None,
+            }
+        )
+    return lines
+
+
+def render_comparison(content: Mapping[str, Any]) -> str:
+    """The comparison as Markdown: what it says, the table, and the rows that are not fine.
+
+    Args:
+      content: of ``compare.json``.
+    """
+    summary = content["summary"]
+    references = [line for line in summary if line["title"] in REFERENCES]
+    methods = [line for line in summary if line["title"] not in REFERENCES]
+    methods.sort(key=lambda line: (line["gap"] is None, (line["gap"] or {"mean": 0})["mean"]))
+    header = ["", *COLUMNS.values(), "seconds", "forget passes", "retain passes", "rows"]
+    blocks = [
+        "# Methods compared",
+        bullets(findings(content)),
+        table(header, [_cells(line) for line in (*references, *methods)]),
+        "Percent, mean ± standard deviation over the seeds; rows of methods by their mean gap: the "
+        "mean distance to the retrained model of forget train, retain train, retain test and "
+        "attack. No number is better for being large or small: the retrained model's is the "
+        "target. Passes are over forget and retain data, forward and backward.",
+    ]
+    if troubled := [line for line in methods if line["others"]]:
+        said = [f"{line['title']}: {_counted(line)}. {line['reason']}" for line in troubled]
+        blocks += ["## Rows that are not fine", bullets(said)]
+    return "\n\n".join([*blocks, "## Notes", bullets(content["notes"])]) + "\n"
+
+
+def findings(content: Mapping[str, Any]) -> list[str]:
+    """Who is nearest to the retrained model, and by how much; who failed."""
+    lines = [line for line in content["summary"] if line["title"] not in REFERENCES]
+    judged = sorted((x for x in lines if x["gap"]), key=lambda x: x["gap"]["mean"])
+    said = []
+    if judged:
+        ranked = [f"{x['title']} ({100 * x['gap']['mean']:.1f})" for x in judged[:3]]
+        said.append(
+            "Nearest to the retrained model by the mean gap, in points: " + ", ".join(ranked) + "."
+        )
+    said += [f"{x['title']}: {_counted(x)}." for x in lines if x["others"]]
+    return said or ["No method can be ranked: there is no retrained model."]
+
+
+def comparison_figure(content: Mapping[str, Any]) -> Figure:
+    """Accuracy on the forget data against accuracy on retain test data, with the target's region.
+
+    The right panel is the neighbourhood of the retrained models. Numbers stand for titles.
+
+    Args:
+      content: of ``compare.json``.
+    """
+    lines = [x for x in content["summary"] if x["forget_train"] and x["retain_test"]]
+    figure, (whole, near, names) = sheet(5.0, 3)
+    names.axis("off")
+    for axes in (whole, near):
+        axes.set_xlabel("accuracy on the forget data", fontsize=9)
+        axes.set_ylabel("accuracy on retain test data", fontsize=9)
+        axes.grid(color=GRID)
+        _region(axes, content["rows"])
+        for number, line in enumerate(lines):
+            _point(axes, line, number)
+    whole.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))
+    centre = next((x for x in lines if x["title"] == "retrained"), lines[0])
+    x, y = centre["forget_train"]["mean"], centre["retain_test"]["mean"]
+    near.set(xlim=(x - _ZOOM / 3, x + _ZOOM), ylim=(y - _ZOOM, y + _ZOOM / 3))
+    listed = [f"{n}  {line['title']}" for n, line in enumerate(lines)]
+    names.text(0, 1, "\n".join(listed), va="top", fontsize=8, transform=names.transAxes)
+    figure.set_label(
+        "Methods by accuracy on forget data and on retained test images; the shaded region is "
+        "where the retrained models are. Right: its neighbourhood."
+    )
+    return figure
+
+
+def write_comparison(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write ``compare.png``, ``compare.md`` and, last, ``compare.json``, each whole or not."""
+    image = io.BytesIO()
+    comparison_figure(content).savefig(image, format="png", dpi=120)
+    files = {"compare.png": image.getvalue(), "compare.md": render_comparison(content).encode()}
+    write_files(folder, files | {"compare.json": json_bytes(content)})
+
+
+def _figure(row: Mapping[str, Any], column: str) -> float | None:
+    if column == "gap":
+        return None if row["gap"] is None else row["gap"]["mean"]
+    return row["mia"] if column == "mia" else row["accuracy"][column]
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    sd = float(np.std(known, ddof=1)) if len(known) > 1 else None
+    return {"mean": float(np.mean(known)), "sd": sd}
+
+
+def _cells(line: Mapping[str, Any]) -> list[str]:
+    used = line["data_used"] or {}
+    passes = [used.get(f"{side}_passes") for side in ("forget", "retain")]
+    return [
+        line["title"],
+        *(_percent(line[column]) for column in COLUMNS),
+        "–" if line["seconds"] is None else f"{line['seconds']:.1f}",
+        *("–" if p is None else f"{p:g}" for p in passes),
+        f"{line['ok']} of {line['rows']}",
+    ]
+
+
+def _percent(spread: Mapping[str, float | None] | None) -> str:
+    if spread is None:
+        return "–"
+    mean, sd = spread["mean"], spread["sd"]
+    assert mean is not None
+    return f"{100 * mean:.1f}" if sd is None else f"{100 * mean:.1f} ± {100 * sd:.1f}"
+
+
+def _counted(line: Mapping[str, Any]) -> str:
+    return ", ".join(f"{count} of {line['rows']} {s}" for s, count in line["others"].items())
+
+
+def _region(axes: Axes, rows: Rows) -> None:
+    """From the least to the largest of the retrained models, and a point more on each side."""
+    own = [row["accuracy"] for row in rows if row["title"] == "retrained"]
+    if not own:
+        return
+    x, y = ([a[split] for a in own] for split in ("forget_train", "retain_test"))
+    low = min(x) - 0.01, min(y) - 0.01
+    size = max(x) + 0.01 - low[0], max(y) + 0.01 - low[1]
+    axes.add_patch(Rectangle(low, *size, facecolor=FORGET_BAND, edgecolor=RETRAINED, linewidth=0.8))
+
+
+def _point(axes: Axes, line: Mapping[str, Any], number: int) -> None:
+    x, y = line["forget_train"], line["retain_test"]
+    colour = {"original": ORIGINAL, "retrained": RETRAINED}.get(line["title"], UNLEARNED)
+    axes.errorbar(
+        x["mean"],
+        y["mean"],
+        xerr=x["sd"],
+        yerr=y["sd"],
+        fmt="o",
+        color=colour,
+        markersize=4,
+        elinewidth=0.8,
+    )
+    axes.annotate(
+        str(number),
+        (x["mean"], y["mean"]),
+        xytext=(4, 3),
+        textcoords="offset points",
+        fontsize=8,
+        annotation_clip=True,
+    )
