@@ -73,7 +73,7 @@ class Comparison:
     """A comparison to be made.
 
     Attributes:
-      base: the run of the first method and seed.
+      base: the run of the first seed, with a method that does nothing.
       entries: the methods.
       seeds: of the runs.
     """
@@ -119,7 +119,7 @@ def comparison_from_mapping(
       (1, 2)
     """
     tables = copy.deepcopy(dict(mapping))
-    own = [text for text in overrides if text.strip().startswith("compare.")]
+    ours = [text for text in overrides if text.strip().startswith("compare.")]
     if "unlearn" in tables or any(text.strip().startswith("unlearn") for text in overrides):
         raise ValueError(
             "unlearn: a comparison has none; write a table [compare.methods.NAME] for each method"
@@ -127,13 +127,13 @@ def comparison_from_mapping(
     if "compare" not in tables:
         raise ValueError("compare: missing; wanted a table [compare] with seeds and methods")
     section = {"compare": tables.pop("compare")}
-    for override in own:
+    for override in ours:
         apply_override(override, section)
     compare = typed(CompareConfig, section["compare"], where="compare")
     entries = tuple(_entry(title, table) for title, table in compare.methods.items())
-    shared = [text for text in overrides if text not in own]
-    first = {"method": entries[0].unlearn.method, **entries[0].unlearn.options}
-    base = config_from_mapping(tables | {"unlearn": first, "seed": compare.seeds[0]}, shared)
+    shared = [text for text in overrides if text not in ours]
+    own = {"unlearn": {"method": "identity"}, "seed": compare.seeds[0]}
+    base = config_from_mapping(tables | own, shared)
     return Comparison(base, entries, compare.seeds)
 
 

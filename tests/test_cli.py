@@ -406,6 +406,7 @@ finally:
     )
 
 
+@pytest.mark.slow
 def test_virtual_devices_are_made_on_a_cpu_and_give_the_numbers_of_one(finished, place):
     command = ["unlearn", "toy.toml", "--devices", "4", "--out", "runs/four"]
     program = "from jaxunlearn.cli import main; main()"

@@ -394,6 +394,7 @@ class Toy(nn.Module):
         return nn.Dense(4)(x)
 
 
+@pytest.mark.slow
 def test_of_four_gaussians_one_is_forgotten_and_the_others_are_told_apart_better():
     """On test points: forget accuracy 0, and near the .969 that Bayes' rule for three has."""
     rng = np.random.default_rng(0)

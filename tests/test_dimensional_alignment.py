@@ -413,8 +413,8 @@ def net_problem(problem):
 def tuned(problem, **settings):
     """Fine-tuning with the settings that it shares with ``BASE``."""
     names = {field.name for field in dataclasses.fields(FinetuneConfig)}
-    shared = {name: getattr(BASE, name) for name in names - {"batch_size"}}
-    config = FinetuneConfig(**(shared | {"batch_size": BASE.batch_size} | settings))
+    shared = {name: value for name, value in vars(BASE).items() if name in names}
+    config = FinetuneConfig(**(shared | settings))
     return finetune(KEY, problem, config)
 
 

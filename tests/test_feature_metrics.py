@@ -190,8 +190,11 @@ def assessed(digits, model, scope, forget, **settings):
 
 @pytest.fixture(
     scope="module",
-    params=[Conv(), Headless(), Dense()],
-    ids=["conv", "headless", "dense"],
+    params=[
+        pytest.param(Conv(), id="conv"),
+        pytest.param(Headless(), id="headless"),
+        pytest.param(Dense(), id="dense", marks=pytest.mark.slow),
+    ],
 )
 def report(request, digits):
     return assessed(digits, request.param, "class", 3, profile=True)

@@ -24,6 +24,7 @@ from jaxunlearn.sharding import data_mesh
 
 N, K, D = 24, 4, 6
 KEY = jax.random.key(0)
+SLOW = pytest.mark.slow
 ELSEWHERE = {"unsc", "deep_unlearning", "forget_vectors"}  # these have tests of their own
 
 
@@ -199,7 +200,6 @@ CASES = {
         lambda f, r: {"batch_size": r},
         traces=5,
         retraced=3,
-        mesh=True,
     ),
     "unsir": Case(
         # Three checks, the noise, the steps of two phases, and the accuracy. Two rows are noise.
@@ -380,7 +380,14 @@ def test_what_a_method_needs_and_the_problem_lacks_is_named(name, problem):
             run(name, stored)
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].mesh], scope="module")
+MESH = [  # the others on the same loop are slow tests
+    n if n in ("dimensional_alignment", "finetune", "dampening") else pytest.param(n, marks=SLOW)
+    for n in CASES
+    if CASES[n].mesh
+]
+
+
+@pytest.mark.parametrize("name", MESH, scope="module")
 def test_on_eight_devices_the_result_is_that_of_one(name, problem, result):
     split = run(name, dataclasses.replace(problem, mesh=data_mesh(8)))
     assert_close(split.variables, result[0].variables, atol=1e-5)

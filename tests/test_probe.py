@@ -69,6 +69,7 @@ def test_the_fit_ends_where_the_unscaled_objective_is_stationary(train):
     assert np.abs(residual.sum(axis=0)).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_float64_features_are_fitted_in_float64_and_agree(x64, train):
     z, y = train
     probe, single = linear_probe(z.astype(np.float64), y, K), linear_probe(z, y, K)

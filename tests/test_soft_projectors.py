@@ -27,8 +27,7 @@ def grams():
     return {p: jnp.asarray((Q * s / s.sum()) @ Q.T, jnp.float32) for p, s in powers.items()}
 
 
-@pytest.mark.parametrize("d", [60, 120, 200])
-@pytest.mark.parametrize("power", [1.2, 2.0, 3.0])
+@pytest.mark.parametrize(("power", "d"), [(1.2, 60), (2.0, 60), (3.0, 60), (1.2, 200)])
 def test_the_error_is_at_most_the_weight_of_what_was_left_out(power, d, x64):
     """For any orthonormal Q: here a random one after one step of subspace iteration."""
     rng = np.random.default_rng(d)
@@ -52,7 +51,7 @@ def distance(gram, basis, alpha):
     return np.linalg.norm(np.asarray(exact - close), ord=2)
 
 
-@pytest.mark.parametrize(("power", "alpha", "tolerance"), [(2.0, 3.0, 0.1), (3.0, 30.0, 0.05)])
+@pytest.mark.parametrize(("power", "alpha", "tolerance"), [(3.0, 30.0, 0.05)])
 def test_a_truncated_projector_is_within_its_tolerance(power, alpha, tolerance, grams):
     basis = certified_basis(grams[power], alpha=alpha, tolerance=tolerance)
     assert basis.eigenvalues.shape[0] <= D // 4

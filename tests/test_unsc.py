@@ -640,6 +640,7 @@ def share_right(problem, variables, batches):
     return np.mean(np.argmax(logits, -1) == batches.labels)
 
 
+@pytest.mark.slow
 def test_memorised_samples_are_forgotten_and_the_projection_holds_the_rest(digits):
     problem, test = digits
     logits = jax.jit(problem.apply_fn)

@@ -12,7 +12,7 @@ features of the forget data are driven apart in directions of their own.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import ApplyFn
 from jaxunlearn.methods.base import Unlearned, UnlearningProblem, check_problem
-from jaxunlearn.methods.labels import random_label
+from jaxunlearn.methods.labels import Labels, Redraw, draw_labels
 from jaxunlearn.methods.phases import (
     BatchNorm,
     Descent,
@@ -37,8 +37,6 @@ from jaxunlearn.methods.phases import (
 )
 from jaxunlearn.steps import Augment, gradient_step, loss_gradient
 
-Labels = Literal["allowed", "all"]
-Redraw = Literal["epoch", "once"]
 NEEDS = frozenset({"forget", "retain"})
 SCOPES = frozenset({"class", "classes", "samples"})
 
@@ -135,7 +133,7 @@ def random_labels(
     forgotten = np.isin(np.arange(problem.num_classes), problem.forget_classes)
     consts = phase_consts(forget_key, gone, problem.mesh) | {"forgotten": jnp.asarray(forgotten)}
     if config.redraw == "once":
-        consts["labels"] = _draw(config, forget_key, consts, gone.labels)
+        consts["labels"] = draw_labels(forget_key, gone.labels, consts["forgotten"], config.labels)
     phases = [Phase("forget", gone, forget_key, forget_step, consts)]
     if config.retain_pass:
         kept = retained(draw_key, problem, config.retain_fraction, config.batch_size)
@@ -161,7 +159,7 @@ def _programs(
     def relabel(
         key: PRNGKeyArray, consts: Mapping[str, Any], inputs: Array, labels: Int[Array, " b"]
     ) -> Int[Array, " b"]:
-        return _draw(config, key, consts, labels)
+        return draw_labels(key, labels, consts["forgotten"], config.labels)
 
     train = config.batch_norm == "train"
     anew = relabel if config.redraw == "epoch" else None
@@ -169,16 +167,3 @@ def _programs(
     retain = loss_gradient(apply_fn, train=train, augment=augment if config.augment else None)
     descent = descent_of(config, retain)
     return gradient_step(descent.optimizer, forget), descent
-
-
-def _draw(
-    config: RandomLabelsConfig,
-    key: PRNGKeyArray,
-    consts: Mapping[str, Any],
-    labels: Int[Array, " n"],
-) -> Int[Array, " n"]:
-    k = consts["forgotten"].shape[0]
-    excluded = jax.nn.one_hot(labels, k, dtype=bool) | consts["forgotten"][None]
-    if config.labels == "all":
-        excluded = jnp.zeros_like(excluded)
-    return jax.vmap(random_label)(jax.random.split(key, labels.shape[0]), excluded)
