@@ -96,7 +96,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
 
     Examples:
       >>> path = getfixture("tmp_path") / "toy.toml"
-      >>> _ = path.write_text("[data]\\nforget = 3\n[compare.methods.finetune]\nepochs = 5")
+      >>> _ = path.write_text("[data]\nforget = 3\n[compare.methods.finetune]\nepochs = 5")
       >>> comparison = load_comparison(path)
       >>> comparison.entries[0].unlearn, comparison.seeds
       (UnlearnConfig(method='finetune', options={'epochs': 5}), (0,))

@@ -9,7 +9,7 @@ import pytest
 from jaxunlearn.backdoor import plant_backdoor
 from jaxunlearn.config import TriggerConfig, config_from_mapping
 from jaxunlearn.data import split
-from jaxunlearn.experiment import _identity, run
+from jaxunlearn.experiment import identity_of, run
 from jaxunlearn.methods import METHODS
 from jaxunlearn.preparation import prepare, unlearning_problem
 from jaxunlearn.sources import from_arrays, load_source
@@ -293,7 +293,7 @@ def test_a_folder_serves_one_backdoor(digits_run, override, message):
 
 def test_the_identity_of_other_runs_knows_no_trigger():
     identities = [
-        _identity(prepare(config))["original"]
+        identity_of(prepare(config))["original"]
         for config in (digits_config(), config_from_mapping({"data": {"forget": 3}}))
     ]
     assert ["trigger" in identity["data"] for identity in identities] == [True, False]

@@ -366,7 +366,7 @@ def test_help_names_commands_options_and_defaults():
 def test_methods_are_listed_with_what_they_need():
     text = invoke("methods").stdout
     for method in METHODS.values():
-        (line,) = (line for line in text.splitlines() if f" {method.name} " in line)
+        (line,) = (line for line in text.splitlines() if line[1:].split()[:1] == [method.name])
         assert all(word in line for word in method.needs | method.scopes)
 
 

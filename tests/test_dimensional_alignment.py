@@ -432,9 +432,10 @@ def test_without_a_loss_on_forget_data_it_is_fine_tuning_bit_for_bit(net_problem
             **settings,
         )
         assert_same(after.variables, plain.variables)
-        assert [row["loss_retain"] for row in after.info["epochs"][1:]] == plain.info["losses"]
-        costs = ("steps", "forget_passes", "retain_passes")
-        assert {name: after.info[name] for name in costs} == {n: plain.info[n] for n in costs}
+        expected = [row["loss_retain"] for row in plain.info["epochs"]]
+        assert [row["loss_retain"] for row in after.info["epochs"][1:]] == expected
+        for name in ("steps", "forget_passes", "retain_passes"):  # the share is rounded to examples
+            assert after.info[name] == pytest.approx(plain.info[name], abs=0.02)
 
 
 def test_eval_mode_freezes_statistics_and_dropout_in_the_forget_phase(net_problem):

@@ -37,6 +37,7 @@ from jaxunlearn.models import MODELS
 from jaxunlearn.preparation import prepare
 from jaxunlearn.report import example_arrays
 from jaxunlearn.tune_config import TuneConfig
+from jaxunlearn.typed import typed
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -202,9 +203,8 @@ def _check(config, checked):
     """Everything of a run up to its first computation; for data that may not be here, less."""
     key = fingerprint(to_mapping(config) | {"out": ""})
     if key not in checked:
-        options = config.unlearn.options.items()
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in options}
-        checked[key] = METHODS[config.unlearn.method].config(**options)
+        kind = METHODS[config.unlearn.method].config
+        checked[key] = typed(kind, config.unlearn.options, where="unlearn")
         given = (config.train.checkpoint, config.train.weights, config.retrain.checkpoint)
         if config.data.source == "digits" and not any(given):
             prepare(config)

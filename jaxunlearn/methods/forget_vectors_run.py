@@ -85,7 +85,8 @@ def share_of(problem: UnlearningProblem, fraction: float, key: PRNGKeyArray) -> 
     if fraction == 1:
         return problem
     assert problem.retain is not None
-    rng = np.random.default_rng(jax.random.key_data(jax.random.fold_in(key, _SHARE)))
+    seed = jax.random.key_data(jax.random.fold_in(key, _SHARE))
+    rng = np.random.default_rng(np.asarray(seed).tolist())
 
     def part(batches: Batches) -> Batches:
         labels = np.asarray(batches.labels)

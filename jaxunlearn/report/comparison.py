@@ -74,24 +74,35 @@ def render_comparison(content: Mapping[str, Any]) -> str:
     Args:
       content: of ``compare.json``.
     """
-    summary = content["summary"]
-    references = [line for line in summary if line["title"] in REFERENCES]
-    methods = [line for line in summary if line["title"] not in REFERENCES]
-    methods.sort(key=lambda line: (line["gap"] is None, (line["gap"] or {"mean": 0})["mean"]))
-    header = ["", *COLUMNS.values(), "seconds", "forget passes", "retain passes", "rows"]
+    header, rows = comparison_table(content)
     blocks = [
         "# Methods compared",
         bullets(findings(content)),
-        table(header, [_cells(line) for line in (*references, *methods)]),
+        table(header, rows),
         "Percent, mean ± standard deviation over the seeds; rows of methods by their mean gap: the "
         "mean distance to the retrained model of forget train, retain train, retain test and "
         "attack. No number is better for being large or small: the retrained model's is the "
         "target. Passes are over forget and retain data, forward and backward.",
     ]
+    methods = [line for line in content["summary"] if line["title"] not in REFERENCES]
     if troubled := [line for line in methods if line["others"]]:
         said = [f"{line['title']}: {_counted(line)}. {line['reason']}" for line in troubled]
         blocks += ["## Rows that are not fine", bullets(said)]
     return "\n\n".join([*blocks, "## Notes", bullets(content["notes"])]) + "\n"
+
+
+def comparison_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: the original and the retrained model, then methods by their mean gap.
+
+    Args:
+      content: of ``compare.json``.
+    """
+    summary = content["summary"]
+    references = [line for line in summary if line["title"] in REFERENCES]
+    methods = [line for line in summary if line["title"] not in REFERENCES]
+    methods.sort(key=lambda line: line["gap"]["mean"] if line["gap"] else float("inf"))
+    header = ["", *COLUMNS.values(), "seconds", "forget passes", "retain passes", "rows"]
+    return header, [_cells(line) for line in (*references, *methods)]
 
 
 def findings(content: Mapping[str, Any]) -> list[str]:
