@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import alignment_tables, vector_tables
+from benchmarks import alignment_tables, compare_tables, vector_tables
 from benchmarks.alignment_tables import percent as _percent
 from benchmarks.alignment_tables import table as _table
 from benchmarks.common import RESULTS, load_results, train_score
@@ -239,6 +239,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "vectors": vector_tables.toy,
     "vector_requests": vector_tables.requests,
     "vector_seconds": vector_tables.seconds,
+    "compared_class": partial(compare_tables.comparison, "compare_digits_compare"),
+    "compared_class_reasons": partial(compare_tables.reasons, "compare_digits_compare"),
+    "compared_class_nearest": partial(compare_tables.nearest, "compare_digits_compare"),
+    "compared_random": partial(compare_tables.comparison, "compare_digits_compare_random"),
+    "compared_random_reasons": partial(compare_tables.reasons, "compare_digits_compare_random"),
+    "compared_random_nearest": partial(compare_tables.nearest, "compare_digits_compare_random"),
     "imported": imported,
     "speed": speed,
 }

@@ -179,7 +179,7 @@ def _cells(line: Mapping[str, Any]) -> list[str]:
         line["title"],
         *(_percent(line[column]) for column in COLUMNS),
         "–" if line["seconds"] is None else f"{line['seconds']:.1f}",
-        *("–" if p is None else f"{p:g}" for p in passes),
+        *("–" if p is None else f"{p:.3g}" for p in passes),
         f"{line['ok']} of {line['rows']}",
     ]
 
