@@ -239,6 +239,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "vectors": vector_tables.toy,
     "vector_requests": vector_tables.requests,
     "vector_seconds": vector_tables.seconds,
+    "vector_shifts": partial(vector_tables.shifts, "report_digits_forget_vector"),
     "compared_class": partial(compare_tables.comparison, "compare_digits_compare"),
     "compared_class_reasons": partial(compare_tables.reasons, "compare_digits_compare"),
     "compared_class_nearest": partial(compare_tables.nearest, "compare_digits_compare"),
