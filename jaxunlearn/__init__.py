@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from jaxunlearn.epochs import epoch_inputs as epoch_inputs
     from jaxunlearn.epochs import run_epoch as run_epoch
     from jaxunlearn.evaluation.clustering import k_means as k_means
+    from jaxunlearn.evaluation.confidence_svc import fit_confidence_svc as fit_confidence_svc
     from jaxunlearn.evaluation.feature_metrics import feature_metrics as feature_metrics
     from jaxunlearn.evaluation.membership import svc_confidence_optml as svc_confidence_optml
     from jaxunlearn.evaluation.probe import linear_probe as linear_probe
@@ -198,6 +199,7 @@ _HOME = {
     "finetune": "methods",
     "fisher_noise": "methods",
     "fit": "training",
+    "fit_confidence_svc": "evaluation.confidence_svc",
     "from_arrays": "sources",
     "gap_to_retrain": "evaluation.report",
     "gradient_ascent": "methods",

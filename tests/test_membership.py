@@ -16,14 +16,15 @@ def _true_class(reference, split):
     ]
 
 
+@pytest.mark.parametrize("solver", ["features", "libsvm"])
 @pytest.mark.parametrize(
     ("case", "retain", "balanced"),
     [("efficacy", "shadow_train", True), ("unbalanced", "shadow_train_big", False)],
 )
-def test_efficacy_equals_the_public_reference(golden, case, retain, balanced):
+def test_efficacy_equals_the_public_reference(golden, case, retain, balanced, solver):
     reference = np.load(golden / "svc_mia.npz")
     retain, test, forget = (_true_class(reference, s) for s in (retain, "shadow_test", "forget"))
-    attack = svc_confidence_optml(retain, test, forget, balanced=balanced)
+    attack = svc_confidence_optml(retain, test, forget, balanced=balanced, solver=solver)
     assert attack.efficacy == pytest.approx(reference[f"result__{case}__confidence"], abs=1e-12)
     assert (attack.members, attack.non_members) == (len(retain), len(test))
     # The same share from the published boundary alone, without an SVC.
@@ -104,6 +105,7 @@ def test_a_random_draw_of_everything_is_everything():
         ({"retain_confidence": np.array([0.5, np.nan])}, "retain_confidence .*without NaN"),
         ({"forget_confidence": np.array([-0.7])}, "from -0.7 to -0.7.*not logits or losses"),
         ({"members": "last"}, 'members="last": write "first"'),
+        ({"solver": "svc"}, 'solver="svc": write "features" or "libsvm"'),
     ],
 )
 def test_bad_input_is_refused_by_name(changed, message):

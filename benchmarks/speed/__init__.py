@@ -8,6 +8,7 @@ QUESTIONS = (
     "randomized_basis",
     "conv_gram",
     "conv_gradient",
+    "confidence_svc",
     "projection_share",
     "two_processes",
     "unsc_projectors",
