@@ -1,7 +1,7 @@
 """The membership SVC in thirteen numbers against libsvm: 5 times at 9,000 images a side.
 
-Confidences of the four laws that the tests use, fitted and scored on 5,000 forget images. Agreement:
-at most one fitted or scored answer in 1,000 differs, as libsvm stops at its default tolerance.
+Confidences of the four laws that the tests use, fitted and scored on 5,000 forget images.
+Agreement: at most one answer in 1,000 differs, as libsvm stops at its default tolerance.
 """
 
 import numpy as np
