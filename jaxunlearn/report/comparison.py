@@ -24,7 +24,7 @@ COLUMNS = {
     "mia": "attack",
     "gap": "mean gap",
 }
-_ZOOM = 0.12  # of both axes, around the retrained models
+_REGION: dict[str, Any] = {"facecolor": FORGET_BAND, "edgecolor": RETRAINED, "linewidth": 0.8}
 
 
 def summarised(rows: Rows) -> list[dict[str, Any]]:
@@ -97,12 +97,8 @@ def comparison_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[s
     Args:
       content: of ``compare.json``.
     """
-    summary = content["summary"]
-    references = [line for line in summary if line["title"] in REFERENCES]
-    methods = [line for line in summary if line["title"] not in REFERENCES]
-    methods.sort(key=lambda line: line["gap"]["mean"] if line["gap"] else float("inf"))
     header = ["", *COLUMNS.values(), "seconds", "forget passes", "retain passes", "rows"]
-    return header, [_cells(line) for line in (*references, *methods)]
+    return header, [_cells(line) for line in _ordered(content)]
 
 
 def findings(content: Mapping[str, Any]) -> list[str]:
@@ -120,32 +116,37 @@ def findings(content: Mapping[str, Any]) -> list[str]:
 
 
 def comparison_figure(content: Mapping[str, Any]) -> Figure:
-    """Accuracy on the forget data against accuracy on retain test data, with the target's region.
-
-    The right panel is the neighbourhood of the retrained models. Numbers stand for titles.
+    """Retain test accuracy against forget accuracy, and each method's three figures in a line.
 
     Args:
       content: of ``compare.json``.
     """
-    lines = [x for x in content["summary"] if x["forget_train"] and x["retain_test"]]
-    figure, (whole, near, names) = sheet(5.0, 3)
-    names.axis("off")
-    for axes in (whole, near):
-        axes.set_xlabel("accuracy on the forget data", fontsize=9)
-        axes.set_ylabel("accuracy on retain test data", fontsize=9)
-        axes.grid(color=GRID)
-        _region(axes, content["rows"])
+    lines = [x for x in _ordered(content) if x["forget_train"] and x["retain_test"]]
+    figure, (plane, *strips) = sheet(1.5 + 0.19 * len(lines), 4)
+    plane.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))
+    plane.set_xlabel("accuracy on the forget data", fontsize=9)
+    plane.set_ylabel("accuracy on retain test data", fontsize=9)
+    plane.grid(color=GRID)
+    (left, right), (low, high) = (
+        _range(content["rows"], column) for column in ("forget_train", "retain_test")
+    )
+    region = Rectangle((left, low), right - left, high - low, zorder=0, **_REGION)
+    plane.add_patch(region)
+    for line in lines:
+        _point(plane, line, line["forget_train"], line["retain_test"])
+    for axes, column in zip(strips, ("forget_train", "retain_test", "mia"), strict=True):
+        axes.set_title(COLUMNS[column], fontsize=9)
+        axes.grid(color=GRID, axis="x")
+        axes.axvspan(*_range(content["rows"], column), zorder=0, **_REGION)
+        axes.set(xlim=(-0.04, 1.04), ylim=(len(lines) - 0.5, -0.5))
+        axes.set_yticks(range(len(lines)), [""] * len(lines))
         for number, line in enumerate(lines):
-            _point(axes, line, number)
-    whole.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))
-    centre = next((x for x in lines if x["title"] == "retrained"), lines[0])
-    x, y = centre["forget_train"]["mean"], centre["retain_test"]["mean"]
-    near.set(xlim=(x - _ZOOM / 3, x + _ZOOM), ylim=(y - _ZOOM, y + _ZOOM / 3))
-    listed = [f"{n}  {line['title']}" for n, line in enumerate(lines)]
-    names.text(0, 1, "\n".join(listed), va="top", fontsize=8, transform=names.transAxes)
+            if line[column]:
+                _point(axes, line, line[column], {"mean": number, "sd": None})
+    strips[0].set_yticks(range(len(lines)), [line["title"] for line in lines], fontsize=8)
     figure.set_label(
-        "Methods by accuracy on forget data and on retained test images; the shaded region is "
-        "where the retrained models are. Right: its neighbourhood."
+        "Methods by accuracy on forget data and on retained test images, and by the membership "
+        "attack; shaded: where the retrained models are, and a point beyond."
     )
     return figure
 
@@ -156,6 +157,15 @@ def write_comparison(folder: Path, content: Mapping[str, Any]) -> None:
     comparison_figure(content).savefig(image, format="png", dpi=120)
     files = {"compare.png": image.getvalue(), "compare.md": render_comparison(content).encode()}
     write_files(folder, files | {"compare.json": json_bytes(content)})
+
+
+def _ordered(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Lines of the original and the retrained model, then of methods by their mean gap."""
+    summary = content["summary"]
+    references = [line for line in summary if line["title"] in REFERENCES]
+    methods = [line for line in summary if line["title"] not in REFERENCES]
+    methods.sort(key=lambda line: line["gap"]["mean"] if line["gap"] else float("inf"))
+    return [*references, *methods]
 
 
 def _figure(row: Mapping[str, Any], column: str) -> float | None:
@@ -196,19 +206,14 @@ def _counted(line: Mapping[str, Any]) -> str:
     return ", ".join(f"{count} of {line['rows']} {s}" for s, count in line["others"].items())
 
 
-def _region(axes: Axes, rows: Rows) -> None:
+def _range(rows: Rows, column: str) -> tuple[float, float]:
     """From the least to the largest of the retrained models, and a point more on each side."""
-    own = [row["accuracy"] for row in rows if row["title"] == "retrained"]
-    if not own:
-        return
-    x, y = ([a[split] for a in own] for split in ("forget_train", "retain_test"))
-    low = min(x) - 0.01, min(y) - 0.01
-    size = max(x) + 0.01 - low[0], max(y) + 0.01 - low[1]
-    axes.add_patch(Rectangle(low, *size, facecolor=FORGET_BAND, edgecolor=RETRAINED, linewidth=0.8))
+    own = [_figure(row, column) for row in rows if row["title"] == "retrained"]
+    known = [value for value in own if value is not None]
+    return (min(known) - 0.01, max(known) + 0.01) if known else (np.nan, np.nan)
 
 
-def _point(axes: Axes, line: Mapping[str, Any], number: int) -> None:
-    x, y = line["forget_train"], line["retain_test"]
+def _point(axes: Axes, line: Mapping[str, Any], x: Mapping[str, Any], y: Mapping[str, Any]) -> None:
     colour = {"original": ORIGINAL, "retrained": RETRAINED}.get(line["title"], UNLEARNED)
     axes.errorbar(
         x["mean"],
@@ -219,12 +224,4 @@ def _point(axes: Axes, line: Mapping[str, Any], number: int) -> None:
         color=colour,
         markersize=4,
         elinewidth=0.8,
-    )
-    axes.annotate(
-        str(number),
-        (x["mean"], y["mean"]),
-        xytext=(4, 3),
-        textcoords="offset points",
-        fontsize=8,
-        annotation_clip=True,
     )
