@@ -131,7 +131,9 @@ def _start(
 def _row_file(folder: Path, entry: Entry, start: _Start, comparison: Comparison) -> Path:
     """Named after all that the row depends on."""
     evaluate = asdict(comparison.base.evaluate)
-    content = {"entry": asdict(entry), "models": start.models, "evaluate": evaluate}
+    content: dict[str, Any] = {"entry": asdict(entry), "models": start.models, "evaluate": evaluate}
+    if entry.skip is None and "surrogate" in METHODS[entry.unlearn.method].needs:
+        content["surrogate"] = comparison.base.data.surrogate
     title = re.sub(r"\W+", "_", entry.title).strip("_")
     return folder / f"{title}_{start.seed}_{fingerprint(json_value(content))}.json"
 

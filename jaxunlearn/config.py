@@ -58,6 +58,7 @@ class DataConfig:
     std: tuple[float, ...] | None = None  # the source's own constants
     scale: Annotated[float, Field(gt=0)] | None = None
     validation: Share = 0.0  # of the training set, for early stopping and tuning
+    surrogate: str | None = None  # images of another distribution: a source, as ``source``
     trigger: TriggerConfig = field(default_factory=TriggerConfig)
 
     def __post_init__(self) -> None:

@@ -112,6 +112,7 @@ def identity_of(prepared: Prepared) -> dict[str, Any]:
     mapping["retrain"].pop("references")  # another one changes none of those that are there
     if prepared.splits.scope != "backdoor":
         mapping["data"].pop("trigger")
+    strange = mapping["data"].pop("surrogate")  # which training does not read
     named = {"data": (prepared.source.train, prepared.source.test)}
     named |= {f"{name} model": given for name, given in prepared.given.items() if given is not None}
     digests = {name: digest(tree) for name, tree in named.items()}
@@ -125,6 +126,8 @@ def identity_of(prepared: Prepared) -> dict[str, Any]:
         "original": identity(given="original"),
         "unlearned": identity("unlearn", given="original"),
     }
+    if strange is not None:
+        stages["unlearned"]["surrogate"] = strange
     if has_reference(prepared.config):
         for number in range(1, prepared.config.retrain.references + 1):
             name = "retrained" if number == 1 else f"retrained_{number}"

@@ -27,6 +27,7 @@ from jaxunlearn.sharding import run_mesh
 from jaxunlearn.shift_assessment import check_shifts
 from jaxunlearn.sources import load_source
 from jaxunlearn.steps import Augment, TrainState, train_step
+from jaxunlearn.surrogates import surrogate_images
 from jaxunlearn.training import sgd
 from jaxunlearn.typed import typed
 
@@ -36,6 +37,7 @@ class Prepared(NamedTuple):
 
     Attributes:
       given: trained variables that the config names, by model; None where a model is to be trained.
+      surrogate: images of another distribution, for methods that hold the model in place by them.
       mesh: the devices of the run; None for one.
     """
 
@@ -48,6 +50,7 @@ class Prepared(NamedTuple):
     augment: Augment | None
     given: dict[str, Any]
     mesh: Mesh | None
+    surrogate: np.ndarray | None
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -77,8 +80,9 @@ def prepare(config: RunConfig) -> Prepared:
         "original": given_variables(network, config.model, train, section="train"),
         "retrained": given_variables(network, config.model, retrain, section="retrain"),
     }
+    surrogate = _surrogate(config, source)
     prepared = Prepared(
-        config, source, splits, network, method, method_config, augment, given, mesh
+        config, source, splits, network, method, method_config, augment, given, mesh, surrogate
     )
     prepared = with_method(prepared, config.unlearn)
     _check_features(prepared)
@@ -125,6 +129,7 @@ def training_batches(prepared: Prepared, rows: np.ndarray) -> Batches:
 def unlearning_problem(prepared: Prepared, variables: Any) -> UnlearningProblem:
     """What a run hands to its method: the model with these variables, the data of the request."""
     splits, train, selection = prepared.splits, prepared.config.train, None
+    strange = prepared.surrogate
     held_out, held_out_forget = (
         training_batches(prepared, rows) if len(rows) else None
         for rows in (retained_validation(prepared), forgotten_validation(prepared))
@@ -151,6 +156,9 @@ def unlearning_problem(prepared: Prepared, variables: Any) -> UnlearningProblem:
         init_fn=prepared.network.init,
         recipe=Recipe(partial(optimizer_of, train), train.epochs, train.batch_size),
         selection=selection,
+        surrogate=strange
+        if strange is None
+        else Batches(strange, np.zeros(len(strange), np.int32), train.batch_size),
     )
 
 
@@ -222,6 +230,16 @@ def _requested(config: RunConfig) -> tuple[Source, Splits]:
     if data.scale is not None:  # what is white, is said by the config
         source = dataclasses.replace(source, scale=data.scale)
     return plant_backdoor(source, data.trigger, share=data.forget, **drawn)
+
+
+def _surrogate(config: RunConfig, source: Source) -> np.ndarray | None:
+    """The images that ``data.surrogate`` names, in the form of the data."""
+    if (name := config.data.surrogate) is None:
+        return None
+    try:
+        return surrogate_images(load_source(name, data_dir=_data_dir(config)), source)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"data.surrogate: {error}") from error
 
 
 def _check_files(config: RunConfig) -> None:

@@ -18,7 +18,7 @@ ORDER = (
     ("watch",),
     ("batches", "capture", "prepared", "preprocessing"),
     ("activations", "checkpoint", "nnx_models", "sharding", "sources", "taps"),
-    ("backdoor", "conv_gram", "projectors"),
+    ("backdoor", "conv_gram", "projectors", "surrogates"),
     ("gram", "steps"),
     ("epochs", "moments"),
     ("subspace",),

@@ -222,7 +222,7 @@ def test_each_forget_batch_meets_as_many_surrogate_batches_as_there_are(problem,
 
 def test_a_problem_without_surrogate_images_is_refused_before_a_run_starts(problem):
     bare = dataclasses.replace(problem, surrogate=None)
-    with pytest.raises(ValueError, match="a run has none, so call scar from Python"):
+    with pytest.raises(ValueError, match=r"in a run, set data\.surrogate"):
         check_scar(bare, SHORT)
     other = dataclasses.replace(problem, surrogate=Batches(np.ones((2, 3)), np.zeros(2, int), 2))
     with pytest.raises(ValueError, match=r"surrogate images \(2, 3\) .* wanted the same shape"):

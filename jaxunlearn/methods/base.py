@@ -96,7 +96,8 @@ _FIELDS = {
     "held_out": "held_out=Batches(...), retained images that the model was not trained on",
     "held_out_forget": "held_out_forget=Batches(...), images like the forget data that the model "
     "was not trained on; in a run, set data.validation",
-    "surrogate": "surrogate=Batches(...), images of another distribution",
+    "surrogate": "surrogate=Batches(...), images of another distribution; in a run, set "
+    "data.surrogate",
     "init_fn": "init_fn=key -> variables, such as lambda key: model.init(key, x)",
     "recipe": "recipe=Recipe(optimizer=..., epochs=..., batch_size=...)",
 }

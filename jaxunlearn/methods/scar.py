@@ -124,7 +124,7 @@ def check_scar(problem: UnlearningProblem, config: ScarConfig) -> dict[str, Laye
     if problem.surrogate is None:
         raise ValueError(
             "scar needs surrogate, which the problem lacks: pass surrogate=Batches(...), images of "
-            "another distribution; a run has none, so call scar from Python"
+            "another distribution; in a run, set data.surrogate to a source of images"
         )
     forget, strange = problem.forget.inputs, problem.surrogate.inputs
     if (forget.shape[1:], forget.dtype) != (strange.shape[1:], strange.dtype):
