@@ -25,3 +25,26 @@ def reasons(name: str) -> str:
 def nearest(name: str) -> str:
     """What a comparison says in a sentence."""
     return findings(load_results(name))[0]
+
+
+def searched(name: str) -> str:
+    """The settings of a search's file and those that it found, on test data."""
+    columns = ("forget_train", "retain_train", "forget_test", "retain_test", "mia")
+    lines = [
+        [row["model"], *(f"{100 * row[column]:.1f}" for column in columns)]
+        for row in load_results(name)["rows"]
+    ]
+    head = ["model", "forget train", "retain train", "forget test", "retain test", "attack"]
+    return table(head, lines)
+
+
+def search(name: str) -> str:
+    """What a search cost and found, in a sentence."""
+    settings = load_results(name)["settings"]
+    statuses, best = settings["statuses"], settings["best"]
+    values = ", ".join(f"{key} = {value:.4g}" for key, value in best["settings"].items())
+    return (
+        f"{len(statuses)} trials in {settings['seconds']:.0f} s, of which "
+        f"{len(statuses) - statuses.count('ok')} diverged or failed; the best has a gap of "
+        f"{100 * best['gap']:.1f} points: {values}."
+    )

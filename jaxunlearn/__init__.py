@@ -32,15 +32,51 @@ if TYPE_CHECKING:
     from jaxunlearn.edits import suppress_subspace as suppress_subspace
     from jaxunlearn.epochs import epoch_inputs as epoch_inputs
     from jaxunlearn.epochs import run_epoch as run_epoch
+    from jaxunlearn.evaluation.audit import AuditDraws as AuditDraws
+    from jaxunlearn.evaluation.audit import audit as audit
+    from jaxunlearn.evaluation.cka import layer_cka as layer_cka
+    from jaxunlearn.evaluation.cka import linear_cka as linear_cka
     from jaxunlearn.evaluation.clustering import k_means as k_means
     from jaxunlearn.evaluation.confidence_svc import fit_confidence_svc as fit_confidence_svc
+    from jaxunlearn.evaluation.distance import activation_distance as activation_distance
+    from jaxunlearn.evaluation.distance import agreement as agreement
+    from jaxunlearn.evaluation.distance import js_divergence as js_divergence
+    from jaxunlearn.evaluation.distance import margin_gap as margin_gap
+    from jaxunlearn.evaluation.distance import zero_retrain_forgetting as zero_retrain_forgetting
     from jaxunlearn.evaluation.feature_metrics import feature_metrics as feature_metrics
+    from jaxunlearn.evaluation.forgetting_quality import forgetting_quality as forgetting_quality
+    from jaxunlearn.evaluation.klom import energy_distance as energy_distance
+    from jaxunlearn.evaluation.klom import klom as klom
+    from jaxunlearn.evaluation.loss_attack import cross_entropies as cross_entropies
+    from jaxunlearn.evaluation.loss_attack import logistic_loss as logistic_loss
+    from jaxunlearn.evaluation.membership import svc_confidence_kodge as svc_confidence_kodge
     from jaxunlearn.evaluation.membership import svc_confidence_optml as svc_confidence_optml
+    from jaxunlearn.evaluation.membership import svc_confidence_unsc as svc_confidence_unsc
     from jaxunlearn.evaluation.probe import linear_probe as linear_probe
     from jaxunlearn.evaluation.report import evaluate_model as evaluate_model
     from jaxunlearn.evaluation.report import gap_to_retrain as gap_to_retrain
     from jaxunlearn.evaluation.report import predict as predict
+    from jaxunlearn.evaluation.rmia import Confidences as Confidences
+    from jaxunlearn.evaluation.rmia import choose_offline_a as choose_offline_a
+    from jaxunlearn.evaluation.rmia import rmia as rmia
+    from jaxunlearn.evaluation.rmia import rmia_null as rmia_null
+    from jaxunlearn.evaluation.roc import auc as auc
+    from jaxunlearn.evaluation.roc import roc_curve as roc_curve
+    from jaxunlearn.evaluation.roc import tpr_at_fpr as tpr_at_fpr
+    from jaxunlearn.evaluation.scores import adaptive_unlearning_score as adaptive_unlearning_score
+    from jaxunlearn.evaluation.scores import destinations as destinations
+    from jaxunlearn.evaluation.scores import indiscernibility as indiscernibility
+    from jaxunlearn.evaluation.scores import interclass_confusion as interclass_confusion
+    from jaxunlearn.evaluation.scores import retention_deviation as retention_deviation
+    from jaxunlearn.evaluation.scores import tug_of_war as tug_of_war
+    from jaxunlearn.evaluation.threshold_attacks import Outputs as Outputs
+    from jaxunlearn.evaluation.threshold_attacks import membership_score as membership_score
+    from jaxunlearn.evaluation.threshold_attacks import population_umia as population_umia
+    from jaxunlearn.evaluation.threshold_attacks import threshold_attack as threshold_attack
+    from jaxunlearn.evaluation.ulira import likelihood_ratio as likelihood_ratio
+    from jaxunlearn.evaluation.ulira import ulira as ulira
     from jaxunlearn.experiment import run as run
+    from jaxunlearn.families import fit_family as fit_family
     from jaxunlearn.gram import GramState as GramState
     from jaxunlearn.gram import accumulate_class_grams as accumulate_class_grams
     from jaxunlearn.gram import accumulate_gram as accumulate_gram
@@ -125,6 +161,7 @@ if TYPE_CHECKING:
     from jaxunlearn.subspace import null_space as null_space
     from jaxunlearn.subspace import top_eigenspace as top_eigenspace
     from jaxunlearn.subspace import truncate as truncate
+    from jaxunlearn.surrogates import surrogate_images as surrogate_images
     from jaxunlearn.taps import tapped as tapped
     from jaxunlearn.training import accuracy as accuracy
     from jaxunlearn.training import fit as fit
@@ -134,11 +171,13 @@ if TYPE_CHECKING:
     from jaxunlearn.transforms import project_updates as project_updates
 
 _HOME = {
+    "AuditDraws": "evaluation.audit",
     "BadTeacherConfig": "methods",
     "Batches": "batches",
     "BoundaryExpandingConfig": "methods",
     "BoundaryShrinkConfig": "methods",
     "CholeskyProjector": "projectors",
+    "Confidences": "evaluation.rmia",
     "DampeningConfig": "methods",
     "DeepUnlearningConfig": "methods",
     "DimensionalAlignmentConfig": "methods",
@@ -157,6 +196,7 @@ _HOME = {
     "METHODS": "methods",
     "MaskedSmallGradientsConfig": "methods",
     "NegativeGradientPlusConfig": "methods",
+    "Outputs": "evaluation.threshold_attacks",
     "Projector": "projectors",
     "RandomLabelsConfig": "methods",
     "RetrainConfig": "methods",
@@ -176,6 +216,11 @@ _HOME = {
     "accumulate_class_grams": "gram",
     "accumulate_gram": "gram",
     "accuracy": "training",
+    "activation_distance": "evaluation.distance",
+    "adaptive_unlearning_score": "evaluation.scores",
+    "agreement": "evaluation.distance",
+    "auc": "evaluation.roc",
+    "audit": "evaluation.audit",
     "augmenter": "preprocessing",
     "bad_teacher": "methods",
     "boundary_expanding": "methods",
@@ -183,14 +228,18 @@ _HOME = {
     "capture_inputs": "capture",
     "capture_outputs": "capture",
     "certified_basis": "soft_projectors",
+    "choose_offline_a": "evaluation.rmia",
     "config_from_mapping": "config",
+    "cross_entropies": "evaluation.loss_attack",
     "dampening": "methods",
     "data_mesh": "sharding",
     "deep_unlearning": "methods",
     "describe_layers": "capture",
+    "destinations": "evaluation.scores",
     "downdate_gram": "gram",
     "eigenbasis": "subspace",
     "eigenbasis_of_rows": "subspace",
+    "energy_distance": "evaluation.klom",
     "epoch_inputs": "epochs",
     "evaluate_model": "evaluation.report",
     "fast_convolutions": "convolution",
@@ -200,6 +249,8 @@ _HOME = {
     "fisher_noise": "methods",
     "fit": "training",
     "fit_confidence_svc": "evaluation.confidence_svc",
+    "fit_family": "families",
+    "forgetting_quality": "evaluation.forgetting_quality",
     "from_arrays": "sources",
     "gap_to_retrain": "evaluation.report",
     "gradient_ascent": "methods",
@@ -208,23 +259,34 @@ _HOME = {
     "importance": "soft_projectors",
     "importance_solve": "soft_projectors",
     "importance_solve_rows": "soft_projectors",
+    "indiscernibility": "evaluation.scores",
     "influence": "methods",
+    "interclass_confusion": "evaluation.scores",
+    "js_divergence": "evaluation.distance",
     "k_means": "evaluation.clustering",
     "kernel_transpose": "methods",
+    "klom": "evaluation.klom",
+    "layer_cka": "evaluation.cka",
     "layer_inputs": "capture",
     "leading_space": "subspace",
     "learn_forget_vectors": "methods",
+    "likelihood_ratio": "evaluation.ulira",
+    "linear_cka": "evaluation.cka",
     "linear_probe": "evaluation.probe",
     "load_config": "config",
     "load_source": "sources",
+    "logistic_loss": "evaluation.loss_attack",
+    "margin_gap": "evaluation.distance",
     "mask_updates": "transforms",
     "masked_small_gradients": "methods",
+    "membership_score": "evaluation.threshold_attacks",
     "merge_grams": "gram",
     "negative_gradient_plus": "methods",
     "nnx_model": "nnx_models",
     "normalizer": "preprocessing",
     "null_space": "subspace",
     "plant_backdoor": "backdoor",
+    "population_umia": "evaluation.threshold_attacks",
     "predict": "evaluation.report",
     "project_gradients": "transforms",
     "project_updates": "transforms",
@@ -233,7 +295,11 @@ _HOME = {
     "randomized_eigh": "randomized",
     "replicate": "sharding",
     "restore_variables": "checkpoint",
+    "retention_deviation": "evaluation.scores",
     "retrain": "methods",
+    "rmia": "evaluation.rmia",
+    "rmia_null": "evaluation.rmia",
+    "roc_curve": "evaluation.roc",
     "run": "experiment",
     "run_epoch": "epochs",
     "saliency": "methods",
@@ -246,16 +312,24 @@ _HOME = {
     "split": "data",
     "start_processes": "sharding",
     "suppress_subspace": "edits",
+    "surrogate_images": "surrogates",
+    "svc_confidence_kodge": "evaluation.membership",
     "svc_confidence_optml": "evaluation.membership",
+    "svc_confidence_unsc": "evaluation.membership",
     "tapped": "taps",
+    "threshold_attack": "evaluation.threshold_attacks",
     "top_eigenspace": "subspace",
+    "tpr_at_fpr": "evaluation.roc",
     "train_step": "steps",
     "truncate": "subspace",
+    "tug_of_war": "evaluation.scores",
+    "ulira": "evaluation.ulira",
     "unreplicate": "sharding",
     "unsc": "methods",
     "unsir": "methods",
     "with_features": "activations",
     "with_preprocessing": "network",
+    "zero_retrain_forgetting": "evaluation.distance",
 }
 
 __all__ = ["__version__", *_HOME]

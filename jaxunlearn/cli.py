@@ -168,6 +168,34 @@ def tune(
 
 
 @app.command()
+def audit(
+    config: Annotated[
+        Path, typer.Argument(help="TOML file of an audit: configs/digits_audit.toml.")
+    ],
+    overrides: Overrides = None,
+    out: Out = None,
+    data_dir: DataDir = None,
+    devices: Devices = None,
+    quiet: Quiet = False,
+) -> None:
+    """Families of models against retrained ones: a verdict with bands, in audit.json."""
+    with _answered():
+        from jaxunlearn.audit_config import load_audit
+
+        asked = load_audit(config, _given(overrides, out, data_dir, None, devices))
+
+        from jaxunlearn.auditing import run_audit
+        from jaxunlearn.report.audit import verdicts
+
+        console = _console()
+        content = run_audit(asked, console=None if quiet else console)
+        for sentence in verdicts(content):
+            console.print(sentence, highlight=False, markup=False)
+        files = f"audit.json, audit.md, audit.png and audit.npz in {asked.base.out}"
+        console.print(files, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def methods() -> None:
     """List the unlearning methods, the data each needs and the scopes it supports."""
     with _answered():

@@ -130,14 +130,15 @@ def comparison_from_mapping(
     for override in ours:
         apply_override(override, section)
     compare = typed(CompareConfig, section["compare"], where="compare")
-    entries = tuple(_entry(title, table) for title, table in compare.methods.items())
+    entries = tuple(entry_of(title, table) for title, table in compare.methods.items())
     shared = [text for text in overrides if text not in ours]
     own = {"unlearn": {"method": "identity"}, "seed": compare.seeds[0]}
     base = config_from_mapping(tables | own, shared)
     return Comparison(base, entries, compare.seeds)
 
 
-def _entry(title: str, table: Mapping[str, Any]) -> Entry:
+def entry_of(title: str, table: Mapping[str, Any]) -> Entry:
+    """A method of a comparison, of the table under its title."""
     options = dict(table)
     method, skip = options.pop("method", title), options.pop("skip", None)
     return Entry(title, UnlearnConfig(method, options), skip)

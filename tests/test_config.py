@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxunlearn.audit_config import load_audit
 from jaxunlearn.compare_config import load_comparison
 from jaxunlearn.config import (
     ModelConfig,
@@ -303,6 +304,9 @@ def test_a_committed_config_is_one_that_its_method_and_model_take(path):
     if "compare" in tables:
         comparison = load_comparison(path)
         config, methods = comparison.base, [x.unlearn for x in comparison.entries if not x.skip]
+    elif "audit" in tables:
+        asked = load_audit(path)
+        config, methods = asked.base, [x.unlearn for x in asked.entries]
     elif "tune" in tables:
         config = load_search(path).base
         methods = [config.unlearn]

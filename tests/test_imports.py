@@ -24,7 +24,7 @@ ORDER = (
     ("subspace",),
     ("soft_projectors",),
     ("edits", "guard", "training", "transforms"),
-    ("evaluation", "guard_files", "methods"),
+    ("evaluation", "families", "guard_files", "methods"),
     ("exported", "store"),
     (
         "alignment_profile",
@@ -38,7 +38,8 @@ ORDER = (
     ("preparation",),
     ("run_report",),
     ("compare_config", "experiment", "requests", "tune_config"),
-    ("compare", "tune"),
+    ("audit_config",),
+    ("auditing", "compare", "tune"),
     ("__init__",),
     ("cli",),
 )

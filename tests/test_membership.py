@@ -1,7 +1,11 @@
 import numpy as np
 import pytest
 
-from jaxunlearn.evaluation.membership import svc_confidence_optml
+from jaxunlearn.evaluation.membership import (
+    svc_confidence_kodge,
+    svc_confidence_optml,
+    svc_confidence_unsc,
+)
 
 N = 150
 
@@ -112,3 +116,73 @@ def test_bad_input_is_refused_by_name(changed, message):
     good = {f"{s}_confidence": np.array([0.2, 0.9]) for s in ("retain", "test", "forget")}
     with pytest.raises(ValueError, match=message):
         svc_confidence_optml(**(good | changed))
+
+
+def test_the_attack_of_unsc_is_the_published_machine_on_unbalanced_sets(golden):
+    reference = np.load(golden / "svc_mia.npz")
+    splits = ("shadow_train_big", "shadow_test", "forget")
+    retain, test, forget = (_true_class(reference, split) for split in splits)
+    attack = svc_confidence_unsc(retain, test, forget, validation=len(retain) - len(test))
+    expected = reference["result__unbalanced__confidence"]
+    assert attack.efficacy == pytest.approx(expected, abs=1e-12)
+    assert (attack.members, attack.non_members) == (len(retain), len(test))
+
+
+def test_the_attack_of_unsc_draws_as_many_members_as_test_and_validation_images():
+    rng = np.random.default_rng(6)
+    retain, test, forget = (_confidences(rng, a, 2, n) for a, n in ((6, 200), (2, 60), (4, 50)))
+    draws = [svc_confidence_unsc(retain, test, forget, validation=30, seed=s) for s in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    assert all((a.members, a.non_members) == (90, 60) for a in draws)
+    # Drawing everything leaves nothing to chance, and is the unbalanced attack.
+    whole = svc_confidence_unsc(retain, test, forget, validation=140)
+    unbalanced = svc_confidence_optml(retain, test, forget, balanced=False)
+    assert whole == unbalanced
+    assert unbalanced.efficacy < svc_confidence_optml(retain, test, forget).efficacy
+    with pytest.raises(ValueError, match="201 retain images or more, where 200 came; lower valid"):
+        svc_confidence_unsc(retain, test, forget, validation=141)
+
+
+@pytest.mark.parametrize("solver", ["features", "libsvm"])
+def test_the_attack_of_kodge_is_the_published_machine_with_other_roles(golden, solver):
+    reference = np.load(golden / "svc_mia.npz")
+    splits = ("shadow_train_big", "shadow_test", "forget")
+    sets = [_true_class(reference, split) for split in splits]
+    attack = svc_confidence_kodge(*sets, solver=solver)
+    assert attack.efficacy == pytest.approx(reference["result__unbalanced__confidence"], abs=1e-12)
+    sets[0] = _true_class(reference, "shadow_train")
+    attack = svc_confidence_kodge(*sets, balanced=True, solver=solver)
+    assert attack.efficacy == pytest.approx(reference["result__efficacy__confidence"], abs=1e-12)
+
+
+def test_the_attack_of_kodge_tells_a_forgotten_class_from_a_remembered_one():
+    rng = np.random.default_rng(7)
+    retain, gone = _confidences(rng, 60, 3, 300), _confidences(rng, 1, 60, 30)
+    forgotten = svc_confidence_kodge(retain, gone, _confidences(rng, 1, 60, 20))
+    original = svc_confidence_kodge(retain, _confidences(rng, 60, 3, 30), _confidences(rng, 60, 3))
+    assert forgotten.efficacy == 1.0
+    assert original.efficacy == 0.0
+    assert (forgotten.count, forgotten.members, forgotten.non_members) == (20, 300, 30)
+
+
+def test_a_collapsed_model_scores_zero_unless_the_sets_are_balanced():
+    # Half of the retain images have lost their probability as well as the forget images.
+    rng = np.random.default_rng(8)
+    retain = np.concatenate([_confidences(rng, 60, 3), _confidences(rng, 1, 60)])
+    gone, test = _confidences(rng, 1, 60, 30), _confidences(rng, 1, 60, 40)
+    assert svc_confidence_kodge(retain, gone, test).efficacy == 0.0
+    balanced = svc_confidence_kodge(retain, gone, test, balanced=True)
+    assert balanced.efficacy > 0.9
+    assert (balanced.members, balanced.non_members) == (30, 30)
+
+
+def test_the_other_attacks_refuse_bad_input_by_name():
+    good = np.array([0.2, 0.9])
+    with pytest.raises(ValueError, match="forget_test_confidence is empty"):
+        svc_confidence_kodge(good, good, np.zeros(0))
+    with pytest.raises(ValueError, match='solver="svc": write'):
+        svc_confidence_kodge(good, good, good, solver="svc")
+    with pytest.raises(ValueError, match=r"test_confidence runs from 3\.0 to 3\.0"):
+        svc_confidence_unsc(good, np.array([3.0]), good, validation=0)
+    with pytest.raises(ValueError, match="validation=-1 and 2 test images: wanted a count >= 0"):
+        svc_confidence_unsc(good, good, good, validation=-1)

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import pytest
 from typer.testing import CliRunner
 
+from jaxunlearn.audit_config import AuditConfig
 from jaxunlearn.cli import app
 from jaxunlearn.compare_config import CompareConfig
 from jaxunlearn.config import RunConfig, config_from_mapping, fingerprint, to_mapping
@@ -261,8 +262,10 @@ def _defaults(config, prefix=""):
         if is_dataclass(field.type):
             found |= _defaults(field.type, f"{prefix}{field.name}.")
         elif field.name != "options":
-            required = field.default is MISSING and field.default_factory is MISSING
-            found[prefix + field.name] = "required" if required else _written(field.default)
+            default = field.default
+            if field.default_factory is not MISSING:
+                default = field.default_factory()
+            found[prefix + field.name] = "required" if default is MISSING else _written(default)
     return found
 
 
@@ -276,12 +279,13 @@ def _written(value):
         ("configuration.md", RunConfig),
         ("how-to-compare.md", CompareConfig),
         ("how-to-compare.md", TuneConfig),
+        ("audit.md", AuditConfig),
         ("unsc.md", UNSCConfig),
         ("deep-unlearning.md", DeepUnlearningConfig),
         ("dimensional-alignment.md", DimensionalAlignmentConfig),
         ("forget-vectors.md", ForgetVectorsConfig),
     ],
-    ids=["configuration", "compare", "tune", *PAPERS],
+    ids=["configuration", "compare", "tune", "audit", *PAPERS],
 )
 def test_every_setting_is_documented_with_its_default(page, config):
     _check_settings(_rows((ROOT / "docs" / page).read_text(encoding="utf-8")), config, page)
