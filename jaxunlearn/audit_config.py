@@ -101,6 +101,8 @@ def audit_from_mapping(mapping: Mapping[str, Any], overrides: Sequence[str] = ()
         raise ValueError('audit: missing; wanted a table [audit] with goal = "untraining", say')
     settings = typed(AuditConfig, tables.pop("audit"), where="audit")
     entries = tuple(entry_of(title, table) for title, table in settings.methods.items())
+    if skipped := [entry.title for entry in entries if entry.skip is not None]:
+        raise ValueError(f"audit.methods: skip in {skipped} is for comparisons; leave them out")
     base = config_from_mapping(tables | {"unlearn": {"method": "identity"}})
     given = (base.train.checkpoint, base.train.weights, base.retrain.checkpoint)
     if not base.retrain.enabled or any(given) or base.train.patience:

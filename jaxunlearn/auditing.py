@@ -213,7 +213,9 @@ class _Families:
                 )
             return logits[None]
 
-        settings = asdict(prepared.config.unlearn)
+        settings: dict[str, Any] = asdict(prepared.config.unlearn)
+        if "surrogate" in prepared.method.needs:
+            settings["surrogate"] = prepared.config.data.surrogate
         name = f"{title}-{fingerprint(json_value(settings))}"
         return self._made(title, self.models, 1, make, file=name)
 

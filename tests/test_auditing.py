@@ -102,6 +102,10 @@ def test_what_is_there_is_not_made_again_and_a_changed_method_alone_is(folder, a
         ({"audit": {"goal": "certify"}}, "audit.goal: got 'certify' .*wanted 'untraining' or"),
         ({"audit": {"goal": "unlearning", "models": 4}}, "audit.models: got 4 .*or equal to 8"),
         ({"audit": {"goal": "unlearning", "methods": {"original": {}}}}, "are the names of contr"),
+        (
+            {"audit": {"goal": "untraining", "methods": {"unsc": {"skip": "slow"}}}},
+            r"skip in \['unsc'\] is for comparisons",
+        ),
         ({"unlearn": {"method": "unsc"}}, r"write a table \[audit\.methods\.NAME\]"),
         ({"train": {"checkpoint": "x"}}, "an audit trains all of its models"),
         ({"retrain": {"enabled": False}}, "an audit trains all of its models"),
