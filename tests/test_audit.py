@@ -101,6 +101,7 @@ def test_tables_per_example_average_to_the_metrics(result):
     assert idle > 2 * perfect
 
 
+@pytest.mark.slow
 def test_null_retrained_models_under_another_name_are_rarely_outside():
     again = {f"again {seed}": family(N, seed=100 + seed) for seed in range(5)}
     found = audit(families(seed=50, **again), LABELS, SPLIT, goal="untraining", draws=DRAWS)
@@ -124,6 +125,7 @@ def test_the_goal_of_removing_a_concept_has_numbers_and_no_verdict():
     assert content["metrics"]["forget_gap"]["rows"]["original"]["value"] > 0.2
 
 
+@pytest.mark.slow
 def test_order_of_examples_names_of_classes_and_shifts_of_logits_change_nothing(result):
     rng = np.random.default_rng(5)
     order, names = rng.permutation(len(SPLIT)), rng.permutation(K)

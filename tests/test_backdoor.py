@@ -245,6 +245,7 @@ def digits_run(tmp_path_factory):
         return run(digits_config(f'out="{folder}"')), folder
 
 
+@pytest.mark.slow
 def test_the_original_obeys_the_trigger_and_the_retrained_model_does_not(digits_run):
     models = {name: model for name, model in digits_run[0]["models"].items() if model}
     accuracy = {name: model["accuracy"] for name, model in models.items()}

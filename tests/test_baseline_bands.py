@@ -50,7 +50,7 @@ ADAM = {"optimizer": "adam", "learning_rate": 1e-3, "weight_decay": 0.0}
 SHRINK = {"epochs": 10, "learning_rate": 0.01, "radius": 0.25, "forget_batch_size": 64}
 
 QUICK = {"random labels", "NegGrad+, separate", "SCRUB, retain data first", "SalUn"}
-QUICK |= {"SSD by example", "Fisher noise", "boundary shrink", "EU-1"}
+QUICK |= {"SSD by example", "Fisher noise"}
 
 ROWS = {
     "fine-tuning": Row("finetune", TUNED, (86.5, 100, 98.8), (52.3, 100, 99.0)),

@@ -546,6 +546,7 @@ def test_steps_and_passes_are_counted(problem, alternation, batch_size, steps, f
     assert costs == expected
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_teacher_the_space_and_the_steps_are_those_of_one_device(problem):
     """Variables may be tied to a device, as those of a training on a mesh are."""
     tied = dataclasses.replace(

@@ -394,6 +394,7 @@ def test_data_may_move_and_evaluation_may_change_within_a_run(copy, monkeypatch)
         run(toy_config(copy, "unlearn.epochs=3"))
 
 
+@pytest.mark.slow
 def test_a_run_on_several_devices_gives_the_numbers_of_one(toy, tmp_path):
     save_toy(tmp_path)
     report, single = run(toy_config(tmp_path, "devices=3")), report_of(toy)

@@ -231,6 +231,7 @@ def test_every_model_has_its_numbers_gaps_and_arrays(report):
     assert "spectrum_retain_head_edit" not in report.arrays
 
 
+@pytest.mark.slow
 def test_samples_have_no_control_and_numbers_all_the_same(digits):
     report = assessed(digits, Dense(), "random", 0.1)
     assert report.models["head_edit"] is None

@@ -224,6 +224,19 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+# The others on the same loops are slow tests.
+MESH = [
+    n if n in ("dimensional_alignment", "finetune", "dampening") else pytest.param(n, marks=SLOW)
+    for n in CASES
+    if CASES[n].mesh
+]
+PADDED = [
+    n if n in ("finetune", "scrub", "influence", "dampening") else pytest.param(n, marks=SLOW)
+    for n in CASES
+    if CASES[n].padded
+]
+
+
 def assert_close(a, b, atol):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
 
@@ -326,9 +339,8 @@ def test_the_model_is_traced_once_for_each_use_whatever_the_settings(name, resul
     assert second <= CASES[name].retraced
 
 
+@pytest.mark.parametrize("name", PADDED, scope="module")
 def test_rows_that_fill_up_a_batch_count_nothing(name, problem):
-    if not CASES[name].padded:
-        pytest.skip("its batch size is a setting of the method")
     exact, padded = (run(name, problem, rows=rows) for rows in ((6, 18), (8, 24)))
     assert_close(padded.variables, exact.variables, atol=1e-6)
     for a, b in zip(padded.info.get("epochs", []), exact.info.get("epochs", []), strict=True):
@@ -378,13 +390,6 @@ def test_what_a_method_needs_and_the_problem_lacks_is_named(name, problem):
         stored = dataclasses.replace(problem, retain=None, grams=grams)
         with pytest.raises(ValueError, match=r"trains on retain data: pass retain=Batches\(...\)"):
             run(name, stored)
-
-
-MESH = [  # the others on the same loop are slow tests
-    n if n in ("dimensional_alignment", "finetune", "dampening") else pytest.param(n, marks=SLOW)
-    for n in CASES
-    if CASES[n].mesh
-]
 
 
 @pytest.mark.parametrize("name", MESH, scope="module")

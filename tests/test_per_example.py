@@ -61,7 +61,7 @@ def in_batches(data, size):
     return Batches(*data, size)
 
 
-@pytest.mark.parametrize("size", [3, 7, 16])
+@pytest.mark.parametrize("size", [pytest.param(3, marks=pytest.mark.slow), 7, 16])
 def test_sums_and_squares_are_those_of_single_examples_however_batches_are_filled(
     setting, one_by_one, size
 ):

@@ -488,7 +488,10 @@ def one_device_run(images):
     return _fit_images(images, None)
 
 
-@pytest.mark.parametrize(("devices", "scan"), [(3, False), (4, False), (4, True)])
+@pytest.mark.parametrize(
+    ("devices", "scan"),
+    [(3, False), pytest.param(4, False, marks=pytest.mark.slow), (4, True)],
+)
 def test_a_run_on_a_mesh_is_that_of_one_device(images, one_device_run, devices, scan, monkeypatch):
     """Batches of 6, of which the last has one example: 3 devices divide it, 4 do not."""
     monkeypatch.setattr(epochs, "scan_epochs", lambda: scan)

@@ -416,7 +416,10 @@ class Scanned(nn.Module):
         return nn.Dense(2, name="out")(x)
 
 
-@pytest.mark.parametrize("kind", ["top eigenspace", "truncated null space"])
+@pytest.mark.parametrize(
+    "kind",
+    ["top eigenspace", pytest.param("truncated null space", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(
     "net", [Cross(), Convolutions(), Scanned()], ids=lambda m: type(m).__name__
 )

@@ -172,6 +172,7 @@ def assert_close(a, b, atol):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
 
 
+@pytest.mark.slow
 def test_on_several_devices_the_result_is_that_of_one(problem):
     """Class Grams, labels of augmented views, dropout, projected steps; batches of 4 on 3."""
     views = lambda key, x: x + 0.1 * jax.random.normal(key, x.shape)  # noqa: E731

