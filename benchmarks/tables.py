@@ -240,6 +240,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "vector_requests": vector_tables.requests,
     "vector_seconds": vector_tables.seconds,
     "vector_shifts": partial(vector_tables.shifts, "report_digits_forget_vector"),
+    "vectors_cifar10": partial(vector_tables.images, "cifar10_resnet20_forget_vectors"),
+    "vectors_cifar10_classes": partial(
+        vector_tables.image_classes, "cifar10_resnet20_forget_vectors"
+    ),
+    "vectors_cifar10_requests": partial(
+        vector_tables.image_requests, "cifar10_resnet20_forget_vectors"
+    ),
     "compared_class": partial(compare_tables.comparison, "compare_digits_compare"),
     "compared_class_reasons": partial(compare_tables.reasons, "compare_digits_compare"),
     "compared_class_nearest": partial(compare_tables.nearest, "compare_digits_compare"),
