@@ -240,6 +240,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "vector_requests": vector_tables.requests,
     "vector_seconds": vector_tables.seconds,
     "vector_shifts": partial(vector_tables.shifts, "report_digits_forget_vector"),
+    "vectors_fashion": partial(vector_tables.images, "fashion_mnist_forget_vectors"),
+    "vectors_fashion_classes": partial(vector_tables.image_classes, "fashion_mnist_forget_vectors"),
+    "vectors_fashion_requests": partial(
+        vector_tables.image_requests, "fashion_mnist_forget_vectors"
+    ),
+    "vectors_fashion_seconds": partial(
+        vector_tables.image_seconds, "fashion_mnist_forget_vectors_timed"
+    ),
     "vectors_cifar10": partial(vector_tables.images, "cifar10_resnet20_forget_vectors"),
     "vectors_cifar10_classes": partial(
         vector_tables.image_classes, "cifar10_resnet20_forget_vectors"

@@ -38,10 +38,12 @@ def seconds() -> str:
 def images(name: str) -> str:
     """Mean and standard deviation over the classes of a set of images."""
     columns = ("ua", "ra", "ta", "pr", "mia_efficacy", "outside")
-    lines, settings = [], load_results(name)["settings"]
-    for row in settings["summary"]:
-        if len(settings["betas"]) == 1 and row["setting"].startswith("β chosen"):
+    lines, seen = [], []
+    for row in load_results(name)["settings"]["summary"]:
+        figures = [row[c] for c in columns]
+        if row["setting"].startswith("β chosen") and figures in seen:
             continue  # the same vectors
+        seen.append(figures)
         cells = [f"{100 * row[c]:.1f} ± {100 * row[c + '_sd']:.1f}" for c in columns]
         lines.append([row["setting"], *cells, f"{row['norm']:.1f} ± {row['norm_sd']:.1f}"])
     head = ["ten classes", "UA", "RA", "TA", "PR", "attack", "outside [0, 1]", "norm"]
