@@ -1,6 +1,7 @@
 """A strict environment: eight virtual CPU devices, rank promotion an error, reference data."""
 
 import os
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +21,14 @@ import pytest
 from jaxunlearn.paths import reference_data
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    """A program that was compiled before is read back: methods make their steps anew each time."""
+    folder = tempfile.TemporaryDirectory()
+    config.add_cleanup(folder.cleanup)
+    jax.config.update("jax_compilation_cache_dir", folder.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -420,6 +420,7 @@ def test_virtual_devices_are_made_on_a_cpu_and_give_the_numbers_of_one(finished,
         jax.tree.map(close, *map(restored, folders))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_numbers_of_an_undisturbed_one(finished, place):
     killed = process("run", "toy.toml", "--out", "runs/killed", at=3, sent=signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL

@@ -393,7 +393,7 @@ def test_edits_of_the_demo_have_the_weights_of_the_reference_code(demo):
             np.testing.assert_allclose(edited[path], new, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["vgg", "vit"])
+@pytest.mark.parametrize("name", ["vgg", pytest.param("vit", marks=pytest.mark.slow)])
 def test_the_method_gives_whole_networks_the_weights_of_the_reference_code(name, golden):
     """Relative to a kernel's largest entry: 1e-5."""
     with np.load(golden / f"deep_unlearning_{name}.npz") as file:

@@ -49,6 +49,7 @@ def test_a_projection_at_the_end_of_the_chain_keeps_the_retained_outputs(printed
     assert change["projection first"] > 20 * change["projection last"]
 
 
+@pytest.mark.slow
 def test_one_device_a_mesh_and_pmap_give_the_same_numbers(printed):
     one, mesh, pmap = printed("data_parallel.py").values()
     assert mesh == pytest.approx(one, rel=1e-4, abs=1e-5)

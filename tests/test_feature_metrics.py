@@ -192,7 +192,7 @@ def assessed(digits, model, scope, forget, **settings):
     scope="module",
     params=[
         pytest.param(Conv(), id="conv"),
-        pytest.param(Headless(), id="headless"),
+        pytest.param(Headless(), id="headless", marks=pytest.mark.slow),
         pytest.param(Dense(), id="dense", marks=pytest.mark.slow),
     ],
 )

@@ -126,6 +126,7 @@ def test_a_large_beta_costs_retained_accuracy(toy):
     assert found.retain_accuracy.mean() <= 0.95
 
 
+@pytest.mark.slow
 def test_the_paper_form_keeps_more(toy):
     _, found = toy.learn(objective="paper")
     assert found.retain_accuracy.mean() >= 0.995

@@ -53,7 +53,7 @@ def mean_gradient(variables, batches):
     return jax.grad(loss)(variables["params"])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.3, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_the_share_with_the_smallest_contrast_is_drawn_anew(problem, share):
     # As many to retain as to forget: all of them are compared.
     even = dataclasses.replace(problem, retain=problem.retain.select(range(4)))

@@ -205,8 +205,8 @@ def test_a_bare_report_renders():
     [
         (2, True, "deep_unlearning"),
         (10, False, "unsc"),
-        (12, True, "deep_unlearning"),
-        (100, True, "unsc"),
+        pytest.param(12, True, "deep_unlearning", marks=pytest.mark.slow),
+        pytest.param(100, True, "unsc", marks=pytest.mark.slow),
         (100, False, "deep_unlearning"),
         (10, True, "dimensional_alignment"),
     ],

@@ -421,7 +421,9 @@ class Scanned(nn.Module):
     ["top eigenspace", pytest.param("truncated null space", marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize(
-    "net", [Cross(), Convolutions(), Scanned()], ids=lambda m: type(m).__name__
+    "net",
+    [pytest.param(Cross(), marks=pytest.mark.slow), Convolutions(), Scanned()],
+    ids=lambda m: type(m).__name__
 )
 def test_outputs_on_protected_data_stay_whatever_the_layers_are(net, kind):
     x = jax.random.normal(jax.random.key(0), (2 * RETAINED, 3, 12))
