@@ -206,9 +206,10 @@ def truncate(projector: SpectralProjector) -> SpectralProjector:
     """The same hard projector with the fewer directions stored: its own or its complement's.
 
     Needs weights 0 and 1, as :func:`top_eigenspace` gives, outside ``jit`` (the new shape depends
-    on the values). Applying the result costs ``4 d m · min(r, d - r)`` flops. Batched projectors
-    keep the largest count of the batch; a basis of fewer than ``d`` columns has no complement to
-    store, and keeps its own.
+    on the values). Applying the result costs ``4 d m · min(r, d - r)`` flops. The count of stored
+    directions is rounded up, with weights 0, to one of eight: spaces of nearly the same rank share
+    their compiled programs. Batched projectors keep the largest count of the batch; a basis of
+    fewer than ``d`` columns has no complement to store, and keeps its own.
 
     Raises:
       ValueError: weights other than 0 and 1 (a soft projector has no rank).
@@ -231,7 +232,8 @@ def truncate(projector: SpectralProjector) -> SpectralProjector:
         selected, shift = kept, projector.shift
     else:
         selected, sign, shift = ~kept, -sign, 1 - projector.shift
-    r = int(selected.sum(-1).max())
+    pitch = max(d // 8, 1)
+    r = min(-(-int(selected.sum(-1).max()) // pitch) * pitch, columns)
     # On the host, as every (d, r) would compile its own gather.
     order = np.argsort(~selected, axis=-1, kind="stable")[..., :r]
     basis = np.take_along_axis(np.asarray(projector.basis), order[..., None, :], axis=-1)

@@ -124,7 +124,8 @@ def test_a_thin_basis_is_truncated_to_what_it_keeps():
     G = _gram(STEEP)
     space = leading_space(G, energy=0.8, solver="randomized")
     thin = truncate(space)
-    assert thin.basis.shape[-1] == float(space.rank()) < space.basis.shape[-1] < D
+    assert 0 < float(space.rank()) < D // 8
+    assert thin.basis.shape[-1] == min(D // 8, space.basis.shape[-1])
     np.testing.assert_allclose(thin.dense(), space.dense(), atol=ROUNDING)
     rest = jnp.eye(D) - space.dense()
     np.testing.assert_allclose(thin.complement(jnp.eye(D)), rest, atol=ROUNDING)

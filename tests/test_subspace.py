@@ -149,6 +149,13 @@ def test_a_truncated_stack_stores_the_largest_count_of_its_thinner_side(ranks, s
     assert tuple(thin.rank().tolist()) == ranks
 
 
+def test_truncated_spaces_of_nearly_the_same_rank_have_one_shape():
+    basis = eigenbasis(jnp.diag(jnp.arange(1.0, 33.0)))
+    thin = [truncate(top_eigenspace(basis, rank=rank)) for rank in (5, 8, 9)]
+    assert [P.basis.shape for P in thin] == [(32, 8), (32, 8), (32, 12)]
+    assert [float(P.rank()) for P in thin] == [5, 8, 9]
+
+
 def test_a_soft_projector_has_no_rank_to_truncate_to(gram):
     with pytest.raises(ValueError, match="wanted 0 and 1 only, as of top_eigenspace"):
         truncate(importance(eigenbasis(gram), alpha=30.0))
