@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from jaxunlearn.config import TriggerConfig as TriggerConfig
     from jaxunlearn.config import config_from_mapping as config_from_mapping
     from jaxunlearn.config import load_config as load_config
+    from jaxunlearn.contour_assessment import loss_contour as loss_contour
     from jaxunlearn.convolution import fast_convolutions as fast_convolutions
     from jaxunlearn.data import Source as Source
     from jaxunlearn.data import Splits as Splits
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from jaxunlearn.evaluation.cka import linear_cka as linear_cka
     from jaxunlearn.evaluation.clustering import k_means as k_means
     from jaxunlearn.evaluation.confidence_svc import fit_confidence_svc as fit_confidence_svc
+    from jaxunlearn.evaluation.contour import change_plane as change_plane
+    from jaxunlearn.evaluation.contour import contour_axis as contour_axis
+    from jaxunlearn.evaluation.contour import plane_losses as plane_losses
     from jaxunlearn.evaluation.distance import activation_distance as activation_distance
     from jaxunlearn.evaluation.distance import agreement as agreement
     from jaxunlearn.evaluation.distance import js_divergence as js_divergence
@@ -53,6 +57,9 @@ if TYPE_CHECKING:
     from jaxunlearn.evaluation.membership import svc_confidence_optml as svc_confidence_optml
     from jaxunlearn.evaluation.membership import svc_confidence_unsc as svc_confidence_unsc
     from jaxunlearn.evaluation.probe import linear_probe as linear_probe
+    from jaxunlearn.evaluation.relearning import anamnesis_index as anamnesis_index
+    from jaxunlearn.evaluation.relearning import relearn_target as relearn_target
+    from jaxunlearn.evaluation.relearning import relearn_time as relearn_time
     from jaxunlearn.evaluation.report import evaluate_model as evaluate_model
     from jaxunlearn.evaluation.report import gap_to_retrain as gap_to_retrain
     from jaxunlearn.evaluation.report import predict as predict
@@ -141,6 +148,7 @@ if TYPE_CHECKING:
     from jaxunlearn.projectors import Projector as Projector
     from jaxunlearn.projectors import SpectralProjector as SpectralProjector
     from jaxunlearn.randomized import randomized_eigh as randomized_eigh
+    from jaxunlearn.relearning import relearn_models as relearn_models
     from jaxunlearn.sharding import data_mesh as data_mesh
     from jaxunlearn.sharding import replicate as replicate
     from jaxunlearn.sharding import shard_batch as shard_batch
@@ -219,6 +227,7 @@ _HOME = {
     "activation_distance": "evaluation.distance",
     "adaptive_unlearning_score": "evaluation.scores",
     "agreement": "evaluation.distance",
+    "anamnesis_index": "evaluation.relearning",
     "auc": "evaluation.roc",
     "audit": "evaluation.audit",
     "augmenter": "preprocessing",
@@ -228,8 +237,10 @@ _HOME = {
     "capture_inputs": "capture",
     "capture_outputs": "capture",
     "certified_basis": "soft_projectors",
+    "change_plane": "evaluation.contour",
     "choose_offline_a": "evaluation.rmia",
     "config_from_mapping": "config",
+    "contour_axis": "evaluation.contour",
     "cross_entropies": "evaluation.loss_attack",
     "dampening": "methods",
     "data_mesh": "sharding",
@@ -276,6 +287,7 @@ _HOME = {
     "load_config": "config",
     "load_source": "sources",
     "logistic_loss": "evaluation.loss_attack",
+    "loss_contour": "contour_assessment",
     "margin_gap": "evaluation.distance",
     "mask_updates": "transforms",
     "masked_small_gradients": "methods",
@@ -285,6 +297,7 @@ _HOME = {
     "nnx_model": "nnx_models",
     "normalizer": "preprocessing",
     "null_space": "subspace",
+    "plane_losses": "evaluation.contour",
     "plant_backdoor": "backdoor",
     "population_umia": "evaluation.threshold_attacks",
     "predict": "evaluation.report",
@@ -293,6 +306,9 @@ _HOME = {
     "psd_eigh": "linalg",
     "random_labels": "methods",
     "randomized_eigh": "randomized",
+    "relearn_models": "relearning",
+    "relearn_target": "evaluation.relearning",
+    "relearn_time": "evaluation.relearning",
     "replicate": "sharding",
     "restore_variables": "checkpoint",
     "retention_deviation": "evaluation.scores",

@@ -25,6 +25,7 @@ from jaxunlearn.model_outputs import (
     reader_of,
     silenced,
 )
+from jaxunlearn.output_assessment import enter_output_metrics
 from jaxunlearn.saliency_assessment import saliency_arrays
 
 _LARGE, _SAMPLE = 20_000, 5_000
@@ -126,6 +127,8 @@ def assess(
         name: _judged(name, outputs[name], config, k, seed) if name in outputs else None
         for name in (*models, "head_edit")
     }
+    others = [reader.read(variables, data, k, mesh) for variables in references]
+    enter_output_metrics(judged, outputs, others, seed=seed)
     gaps, arrays, notes = gap_to_retrain(judged), dict[str, np.ndarray](), list(reader.notes)
     if reader.specs:
         arrays, more = _embeddings({name: outputs[name] for name in given}, splits, seed)
@@ -137,7 +140,7 @@ def assess(
     elif judges:
         found = assess_features(
             {name: features_of(each) for name, each in outputs.items()},
-            [features_of(reader.read(variables, data, k, mesh)) for variables in references],
+            [features_of(each) for each in others],
             k,
             splits.forget_classes,
             config.representation,

@@ -25,6 +25,7 @@ from jaxunlearn.typed import typed
 
 Positive = Annotated[int, Field(ge=1)]
 CONTROLS = ("original", "retrained", "do_nothing", "head_edit")
+_STORED = ("logits", "null")  # before the names of arrays in audit.npz, as titles are
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class AuditConfig:
     def __post_init__(self) -> None:
         if taken := [title for title in self.methods if title in CONTROLS]:
             raise ValueError(f"methods: {taken} are the names of controls; choose other titles")
+        if taken := [title for title in self.methods if title in _STORED]:
+            raise ValueError(f"methods: {taken} are names in audit.npz; choose other titles")
 
 
 @dataclass(frozen=True)

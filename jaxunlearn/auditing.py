@@ -36,9 +36,9 @@ from jaxunlearn.preparation import (
     unlearning_problem,
     with_method,
 )
-from jaxunlearn.report.audit import write_audit
+from jaxunlearn.report.audit_files import write_audit
+from jaxunlearn.stored_audit import SCHEMA_VERSION
 
-SCHEMA_VERSION = 1
 _TOGETHER = 32  # models in a chunk
 _ANSWERED = 1000  # examples in a batch
 _STREAMS = {"original": 0, "retrained": 1, "unlearned": 2}
@@ -63,8 +63,9 @@ class Sample(NamedTuple):
 def run_audit(asked: Audit, *, console: Console | None = None) -> dict[str, Any]:
     """Carry out an audit in its folder, ``asked.base.out``.
 
-    The folder gets ``audit.json``, ``audit.md``, ``audit.png`` and ``audit.npz`` (logits, labels,
-    splits, rows and tables per example, from which all numbers can be had again).
+    The folder gets ``audit.html``, ``audit.json``, ``audit.md``, ``audit.png`` and ``audit.npz``
+    (logits, labels, splits, rows and what is drawn, from which all can be had again:
+    :func:`jaxunlearn.stored_audit.remake_audit`).
 
     Args:
       asked: from :func:`jaxunlearn.audit_config.load_audit`.
@@ -109,6 +110,7 @@ def run_audit(asked: Audit, *, console: Console | None = None) -> dict[str, Any]
             "settings": asdict(settings),
             "environment": describe_environment(asked.base.devices),
             "forget_classes": base.splits.forget_classes,
+            "class_names": base.source.class_names,
             "seconds": seconds,
         }
     )

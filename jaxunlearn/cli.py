@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -170,29 +170,57 @@ def tune(
 @app.command()
 def audit(
     config: Annotated[
-        Path, typer.Argument(help="TOML file of an audit: configs/digits_audit.toml.")
-    ],
+        Path | None, typer.Argument(help="TOML file of an audit: configs/digits_audit.toml.")
+    ] = None,
     overrides: Overrides = None,
     out: Out = None,
+    stored: Annotated[
+        Path | None,
+        typer.Option("--from", help="Folder of an audit: make its numbers and pages again."),
+    ] = None,
     data_dir: DataDir = None,
     devices: Devices = None,
     quiet: Quiet = False,
 ) -> None:
     """Families of models against retrained ones: a verdict with bands, in audit.json."""
     with _answered():
-        from jaxunlearn.audit_config import load_audit
-
-        asked = load_audit(config, _given(overrides, out, data_dir, None, devices))
-
-        from jaxunlearn.auditing import run_audit
+        content, folder = (
+            _audited(config, _given(overrides, out, data_dir, None, devices), quiet)
+            if config is not None and stored is None
+            else _audited_again(config, stored, out, [data_dir, devices])
+        )
         from jaxunlearn.report.audit import verdicts
 
         console = _console()
-        content = run_audit(asked, console=None if quiet else console)
         for sentence in verdicts(content):
             console.print(sentence, highlight=False, markup=False)
-        files = f"audit.json, audit.md, audit.png and audit.npz in {asked.base.out}"
+        files = f"audit.html, audit.json, audit.md, audit.png and audit.npz in {folder}"
         console.print(files, highlight=False, markup=False, soft_wrap=True)
+
+
+def _audited(config: Path, given: list[str], quiet: bool) -> tuple[dict[str, Any], str]:
+    """What an audit found, and its folder."""
+    from jaxunlearn.audit_config import load_audit
+
+    asked = load_audit(config, given)
+
+    from jaxunlearn.auditing import run_audit
+
+    return run_audit(asked, console=None if quiet else _console()), asked.base.out
+
+
+def _audited_again(
+    config: Path | None, stored: Path | None, out: Path | None, others: list[Any]
+) -> tuple[dict[str, Any], Path]:
+    """The same from an audit's files, which have all settings but where to write."""
+    if config is not None or stored is None or any(other is not None for other in others):
+        raise ValueError(
+            "write jaxunlearn audit CONFIG, or jaxunlearn audit --from FOLDER with no option but "
+            "--out: the settings are those of the folder"
+        )
+    from jaxunlearn.stored_audit import remake_audit
+
+    return remake_audit(stored, out), out or stored
 
 
 @app.command()

@@ -193,6 +193,28 @@ class ShiftsConfig:
 
 
 @dataclass(frozen=True)
+class ContourConfig:
+    """``[evaluate.contour]``: the loss between the original and the unlearned model."""
+
+    enabled: bool = False
+    energy: Annotated[float, Field(gt=0, le=1)] = 0.97  # of what a layer reads on retain data
+    points: Annotated[int, Field(ge=9, le=101)] = 17  # on each of two axes
+    images: Positive = 256  # of each side, drawn by the seed, for the loss
+
+
+@dataclass(frozen=True)
+class RelearnConfig:
+    """``[evaluate.relearn]``: how soon training brings the forget data back."""
+
+    enabled: bool = False
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
+    batch_size: Positive = 128
+    epochs: Positive = 100  # after which it is given up
+    images: Positive = 500  # drawn with replacement, per epoch
+    data: Literal["all", "forget"] = "all"  # drawn from: forget and retain data, or forget alone
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """``[evaluate]``: how the models are compared."""
 
@@ -201,6 +223,8 @@ class EvaluateConfig:
     members: Literal["first", "random"] = "first"  # retain images of the membership attack
     representation: RepresentationConfig = field(default_factory=RepresentationConfig)
     shifts: ShiftsConfig = field(default_factory=ShiftsConfig)
+    relearn: RelearnConfig = field(default_factory=RelearnConfig)
+    contour: ContourConfig = field(default_factory=ContourConfig)
 
 
 @dataclass(frozen=True)

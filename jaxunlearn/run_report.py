@@ -8,8 +8,10 @@ import jax
 import numpy as np
 
 from jaxunlearn.assessment import assess, measured_rows, retain_sample
+from jaxunlearn.batches import Batches
 from jaxunlearn.capture import ApplyFn
 from jaxunlearn.config import RunConfig, to_mapping
+from jaxunlearn.contour_assessment import LossContour, loss_contour, no_contour
 from jaxunlearn.data import Source, Splits
 from jaxunlearn.evaluation.report import json_value
 from jaxunlearn.forget_vector_report import (
@@ -19,12 +21,13 @@ from jaxunlearn.forget_vector_report import (
     with_random_delta,
 )
 from jaxunlearn.preparation import Prepared, has_reference
+from jaxunlearn.relearning import assess_relearning
 from jaxunlearn.report import write_report
 from jaxunlearn.shift_assessment import assess_shifts
 from jaxunlearn.stages import RunFolder, measured
 
 SCHEMA_VERSION = 1
-_RANDOM = 7  # of the control's key
+_RANDOM, _RELEARN = 7, 11  # of the controls' keys
 
 
 def evaluated(
@@ -70,10 +73,18 @@ def evaluated(
             mesh=prepared.mesh,
         )
         shift_notes = _enter_shifts(prepared, apply_fn, judged, result.models)
+        relearning, relearn_notes = _enter_relearning(
+            prepared, apply_fn, judged, references, result.models
+        )
+        contour = _contour(prepared, models) if config.evaluate.contour.enabled else None
     if prepared.method.guards:
         mark_guarded(result.models)
     environment = folder.environment
-    notes = _notes(prepared, records, environment) + said + result.notes + shift_notes
+    notes = (
+        _notes(prepared, records, environment) + said + result.notes + shift_notes + relearn_notes
+    )
+    if contour is not None:
+        notes += contour.notes()
     records = records | {"evaluate": cost()._asdict()}
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -100,8 +111,12 @@ def evaluated(
         "peak_memory_mb": {stage: record["peak_memory_mb"] for stage, record in records.items()},
         "notes": notes,
     }
-    report = json_value(report)
     arrays = result.arrays
+    if relearning is not None:
+        report["relearning"] = relearning
+    if contour is not None:
+        report, arrays = report | {"loss_contour": contour.figures}, arrays | contour.arrays
+    report = json_value(report)
     if prepared.method.guards:
         arrays = arrays | {"forget_vector": np.asarray(models["unlearned"]["guard"]["delta"])}
     write_report(folder.path, report, arrays)
@@ -129,6 +144,67 @@ def _enter_shifts(
     for name, found in figures.items():
         judged[name]["shifts"] = found
     return notes
+
+
+def _enter_relearning(
+    prepared: Prepared,
+    apply_fn: ApplyFn,
+    models: Mapping[str, Any],
+    references: list[Any],
+    judged: Mapping[str, Any],
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Put relearn times beside each model's other numbers, if the config asks for them.
+
+    Returns:
+      What ``relearning`` of the report holds, None if they are not asked for; and notes.
+    """
+    config, splits, train = prepared.config, prepared.splits, prepared.source.train
+    if not config.evaluate.relearn.enabled:
+        return None, []
+    forget, retain = (
+        Batches(train.inputs[at], train.labels[at], min(config.evaluate.batch_size, len(at)))
+        for at in (splits.forget, splits.retain)
+    )
+    found, settings, notes = assess_relearning(
+        jax.random.fold_in(jax.random.key(config.seed), _RELEARN),
+        apply_fn,
+        models,
+        references,
+        forget,
+        retain,
+        config.evaluate.relearn,
+        init=prepared.network.init,
+        forget_classes=splits.forget_classes,
+        mesh=prepared.mesh,
+    )
+    for name, relearned in found.items():
+        judged[name]["relearn"] = relearned
+    return settings, notes
+
+
+def _contour(prepared: Prepared, models: Mapping[str, Any]) -> LossContour:
+    """The loss on training images between the original and the unlearned model."""
+    config, source = prepared.config, prepared.source
+    if prepared.method.guards:
+        return no_contour("no weight changed: the model is the original behind a vector")
+    rows = measured_rows(source, prepared.splits, config.evaluate, config.seed)
+    forget, retain = (
+        Batches(examples.inputs[at], examples.labels[at], config.evaluate.batch_size)
+        for examples, at in (rows["forget_train"], rows["retain_train"])
+    )
+    wanted = config.evaluate.contour
+    return loss_contour(
+        prepared.network.apply_fn,
+        models["original"],
+        models["unlearned"],
+        forget,
+        retain,
+        energy=wanted.energy,
+        points=wanted.points,
+        images=wanted.images,
+        seed=config.seed,
+        mesh=prepared.mesh,
+    )
 
 
 def _problem(source: Source, splits: Splits, config: RunConfig) -> dict[str, Any]:

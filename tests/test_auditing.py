@@ -7,7 +7,7 @@ import pytest
 
 from jaxunlearn.audit_config import audit_from_mapping, load_audit
 from jaxunlearn.auditing import run_audit
-from jaxunlearn.evaluation.audit import AuditDraws, audit
+from jaxunlearn.stored_audit import read_audit, remake_audit
 
 TABLES = {
     "data": {"forget": 3},
@@ -44,7 +44,8 @@ def content(asked):
 
 def test_the_folder_holds_what_the_call_returns(folder, content):
     assert json.loads((folder / "audit.json").read_text()) == content
-    assert {"audit.md", "audit.png", "audit.npz"} <= {p.name for p in folder.iterdir()}
+    files = {path.name for path in folder.iterdir()}
+    assert {"audit.html", "audit.md", "audit.png", "audit.npz"} <= files
     page = (folder / "audit.md").read_text()
     for family in content["verdict"]:
         assert f"- {family}: " in page
@@ -58,16 +59,22 @@ def test_methods_and_controls_are_judged_and_a_diverged_method_says_so(content):
     assert content["retrained_models"] == 2 * content["models"] == 16
 
 
-def test_every_number_comes_again_from_the_stored_arrays(folder, content):
-    with np.load(folder / "audit.npz") as stored:
-        logits = {n.removeprefix("logits/"): stored[n] for n in stored if n.startswith("logits/")}
-        labels, split = stored["labels"], stored["split"]
-    assert logits["retrained"].shape[0] == 16
-    again = audit(
-        logits, labels, split, goal="untraining", draws=AuditDraws(permutations=99, bootstraps=100)
-    ).content
-    assert json.loads(json.dumps(again["metrics"])) == content["metrics"]
-    assert again["verdict"] == content["verdict"]
+def test_everything_comes_again_from_the_stored_logits_and_settings(folder, content, tmp_path):
+    kept, arrays = read_audit(folder)
+    assert kept == content
+    assert arrays["logits/retrained"].shape[0] == 16
+    computed = {"metrics", "curves", "verdict", "reasons", "limits", "primary", "examples"}
+    bare = {name: value for name, value in content.items() if name not in computed}
+    (tmp_path / "audit.json").write_text(json.dumps(bare))
+    given = {n: v for n, v in arrays.items() if n.startswith("logits/") or "/" not in n}
+    np.savez(tmp_path / "audit.npz", **given)
+    assert remake_audit(tmp_path) == content == read_audit(tmp_path).content
+    again = read_audit(tmp_path).arrays
+    assert again.keys() == arrays.keys()
+    for name, values in arrays.items():
+        np.testing.assert_array_equal(again[name], values)
+    for page in ("audit.md", "audit.html"):
+        assert (tmp_path / page).read_text().split() == (folder / page).read_text().split()
 
 
 def test_examples_are_of_their_splits_and_never_twice(folder):

@@ -130,9 +130,7 @@ def test_a_layer_that_computes_in_bfloat16_is_the_product_up_to_its_rounding():
 STACKED = ["dense on tokens", "dense general, inner axis", "conv stride 2 SAME", "conv grouped"]
 
 
-@pytest.mark.parametrize(
-    "stack", [(2, 3), pytest.param((3,), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.parametrize("stack", [(2, 3), pytest.param((3,), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("name", STACKED)
 def test_a_stack_of_layers_is_as_many_matrices(name, stack):
     _, variables, x, one = _layer(name)

@@ -189,6 +189,7 @@ def test_commands_parse_and_name_what_exists(page, commands, workspace, monkeypa
     monkeypatch.setattr("jaxunlearn.experiment.run", lambda config, **_: _check(config, checked))
     monkeypatch.setattr("jaxunlearn.compare.compare", _check_comparison)
     monkeypatch.setattr("jaxunlearn.tune.tune", _check_search)
+    monkeypatch.setattr("jaxunlearn.auditing.run_audit", _check_audit)
     for command in commands:
         for word in command:
             if word.endswith((".py", ".toml")):
@@ -224,6 +225,12 @@ def _check_search(search, **_):
             options = search.base.unlearn.options | {key: value}
             _check(replace(search.base, unlearn=replace(search.base.unlearn, options=options)), {})
     return {"best": {"gap": 0.0, "settings": {}}}
+
+
+def _check_audit(asked, **_):
+    for entry in asked.entries:
+        _check(replace(asked.base, unlearn=entry.unlearn), {})
+    return {"goal": asked.settings.goal, "verdict": {}, "reasons": {}}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -193,7 +193,7 @@ def test_a_bare_report_renders():
     figures = report_figures(report, {})
     assert list(figures) == ["Accuracy per class", "Confusion"]
     page = render_html(report, figures)
-    assert "Membership attack" not in page
+    assert "Membership attacks" not in page
     assert "Config" not in page
 
 

@@ -423,7 +423,7 @@ class Scanned(nn.Module):
 @pytest.mark.parametrize(
     "net",
     [pytest.param(Cross(), marks=pytest.mark.slow), Convolutions(), Scanned()],
-    ids=lambda m: type(m).__name__
+    ids=lambda m: type(m).__name__,
 )
 def test_outputs_on_protected_data_stay_whatever_the_layers_are(net, kind):
     x = jax.random.normal(jax.random.key(0), (2 * RETAINED, 3, 12))

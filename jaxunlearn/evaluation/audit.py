@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxunlearn.evaluation.audit_answers import Answers, answers_of
+from jaxunlearn.evaluation.audit_curves import attack_curves, class_accuracies
 from jaxunlearn.evaluation.audit_descriptive import descriptive, per_example
 from jaxunlearn.evaluation.audit_measures import Measure, measures
 from jaxunlearn.evaluation.inference import (
@@ -56,7 +57,13 @@ class AuditDraws(NamedTuple):
 
 
 class AuditResult(NamedTuple):
-    """``content`` of ``audit.json``, and tables per example and model."""
+    """``content`` of ``audit.json``, and what its figures show.
+
+    ``arrays`` has, for every family R, ``R/epsilon``, ``R/points``, ``R/klom`` and ``R/ulira`` per
+    forget example ``[n]``, ``R/class_accuracy [m, k]`` and the curves ``R/roc_population [t]`` and
+    ``R/roc_ulira [t]`` over ``roc_population/false_positive_rate [t]`` and the same of ``ulira``;
+    for every metric M with a band of half splits ``null/M [draws]``, which it is taken from.
+    """
 
     content: dict[str, Any]
     arrays: dict[str, np.ndarray]
@@ -87,7 +94,7 @@ def audit(
 
     Returns:
       ``content`` with ``metrics.M.rows.R.{value, interval, band, p, verdict}`` and ``verdict.R``
-      for every family R; ``arrays`` with tables per example.
+      for every family R; ``arrays`` as :class:`AuditResult` says.
 
     Raises:
       ValueError: families or splits that are missing or do not fit, too few models, a do-nothing
@@ -102,23 +109,35 @@ def audit(
     families["retrained"] = whole.part(slice(n, None))
     halves = half_splits(2 * n, draws.halves, draws.seed)
     table = measures(n)
-    metrics = {m.name: _measured(m, families, whole, reference, halves, draws) for m in table}
+    bands = {m.name: null_band(m.statistic, whole.read(m), halves) for m in table}
+    metrics = {
+        m.name: _measured(m, families, whole, reference, bands[m.name], halves, draws)
+        for m in table
+    }
     primary = [m for m in table if m.primary]
     answers, reasons = _verdicts(table, metrics, families, goal)
     metrics |= descriptive(families, whole, reference, logits, rows["forget"], draws.described)
+    curves = attack_curves(families, whole, reference)
     content = {
         "goal": goal,
         "models": n,
         "retrained_models": 2 * n,
+        "originals": "many",
+        "draws": draws._asdict(),
         "examples": {name: len(at) for name, at in rows.items()},
         "smallest_epsilon": float(np.log(n - 1)),
         "primary": [m.name for m in primary],
         "metrics": metrics,
+        "curves": curves.content,
         "verdict": answers,
         "reasons": reasons,
         "limits": list(LIMITS),
     }
-    return AuditResult(content, per_example(families, reference))
+    classes = logits["original"].shape[-1]
+    arrays = {f"null/{name}": band.null for name, band in bands.items()}
+    for name, family in (families | {"retrained": whole}).items():
+        arrays[f"{name}/class_accuracy"] = class_accuracies(family, labels, rows, classes)
+    return AuditResult(content, arrays | curves.arrays | per_example(families, reference))
 
 
 def _check(
@@ -159,12 +178,12 @@ def _measured(
     families: Mapping[str, Answers],
     whole: Answers,
     reference: Answers,
+    band: Band,
     halves: np.ndarray,
     draws: AuditDraws,
 ) -> dict[str, Any]:
     """A metric: its null, and a row for each family."""
     retrained, half = whole.read(measure), reference.read(measure)
-    band = null_band(measure.statistic, retrained, halves)
     rows = {
         name: _row(measure, name, family.read(measure), retrained, half, band, halves, draws)
         for name, family in families.items()

@@ -7,6 +7,7 @@ part of the library. ``example_report`` shows the schema.
 from jaxunlearn.report.alignment import alignment_by_layer, alignment_by_rank, alignment_curve
 from jaxunlearn.report.coefficients import coefficient_maps
 from jaxunlearn.report.confusion import confusion_pair
+from jaxunlearn.report.contour import loss_contour_panels
 from jaxunlearn.report.costs import runtime_bars
 from jaxunlearn.report.curves import forgetting_curve
 from jaxunlearn.report.embedding import embedding_panels
@@ -23,6 +24,7 @@ from jaxunlearn.report.gallery import report_figures
 from jaxunlearn.report.grids import alpha_heat_map
 from jaxunlearn.report.html import render_html
 from jaxunlearn.report.markdown import render_markdown
+from jaxunlearn.report.relearning import relearning_curves, relearning_rows
 from jaxunlearn.report.saliency import saliency_panels
 from jaxunlearn.report.spectra import angle_lines, spectrum_panels
 from jaxunlearn.report.tables import console_table, summary_rows
@@ -45,7 +47,10 @@ __all__ = [
     "features_table",
     "forgetting_curve",
     "layer_change_bars",
+    "loss_contour_panels",
     "pseudo_label_bars",
+    "relearning_curves",
+    "relearning_rows",
     "render_html",
     "render_markdown",
     "report_figures",

@@ -1,17 +1,18 @@
 """An audit: its verdicts, its table of metrics with bands, and its figure."""
 
-import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
-from jaxunlearn.report.drawing import FORGET_BAND, GRID, ORIGINAL, RETRAINED, UNLEARNED, sheet
-from jaxunlearn.report.files import json_bytes, write_files
+from jaxunlearn.report.audit_rows import family_colour
+from jaxunlearn.report.drawing import FORGET_BAND, GRID, RETRAINED, sheet
 from jaxunlearn.report.markdown import bullets, table
 
+READING = (
+    "Value, and the band of retrained against retrained models in the last column. ✗ outside its "
+    "band, with evidence where the metric is primary; ? outside without it. Primary:"
+)
 _MARKS = {"inside": "", "outside": " ✗", "undecided": " ?"}
 _SAID = {
     "inside": "inside the retrain band",
@@ -28,24 +29,15 @@ def render_audit(content: Mapping[str, Any]) -> str:
       content: of ``audit.json``.
     """
     head, rows = audit_table(content)
-    n = content["models"]
     blocks = [
         f"# Audit, goal: {content['goal']}",
         bullets(verdicts(content)),
         table(head, rows),
-        "Value, and the band of retrained against retrained models in the last column. ✗ outside "
-        "its band, with evidence where the metric is primary; ? outside without it. Primary: "
-        f"{', '.join(content['primary'])}.",
+        f"{READING} {', '.join(content['primary'])}.",
         "## What is measured",
         bullets([f"{name}: {m['text']}." for name, m in content["metrics"].items()]),
         "## Limits",
-        bullets(
-            [
-                f"{n} models in a family, {2 * n} retrained ones: no ε above "
-                f"{content['smallest_epsilon']:.1f} can be resolved.",
-                *content["limits"],
-            ]
-        ),
+        bullets(limits(content)),
     ]
     if content["failed"]:
         said = [f"{title}: {reason}" for title, reason in content["failed"].items()]
@@ -71,6 +63,21 @@ def verdicts(content: Mapping[str, Any]) -> list[str]:
             "numbers are descriptive."
         )
     return said
+
+
+def limits(content: Mapping[str, Any]) -> list[str]:
+    """What the audit cannot say: the ε that so few models cannot resolve, and the stored limits.
+
+    Examples:
+      >>> limits({"models": 8, "smallest_epsilon": 1.9459, "limits": ["Outputs only."]})[1]
+      'Outputs only.'
+    """
+    n = content["models"]
+    epsilon = content["smallest_epsilon"]
+    first = (
+        f"{n} models in a family, {2 * n} retrained ones: no ε above {epsilon:.1f} can be resolved."
+    )
+    return [first, *content["limits"]]
 
 
 def audit_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -109,20 +116,10 @@ def audit_figure(content: Mapping[str, Any]) -> Figure:
         axes.set_yticks(range(len(families)), [""] * len(families))
         for number, family in enumerate(families):
             value, interval = rows[family]["value"], rows[family]["interval"]
-            colour = {"original": ORIGINAL, "retrained": RETRAINED}.get(family, UNLEARNED)
+            colour = family_colour(family)
             if interval is not None:
                 axes.plot(interval, [number] * 2, color=colour, linewidth=1)
             axes.plot([value], [number], "o", color=colour, markersize=4)
-    strips[0].set_yticks(range(len(families)), families, fontsize=8)
+    strips[0].set_yticks(range(len(families)), families, fontsize=8, parse_math=False)
     figure.set_label("Primary metrics of every family; shaded: retrained against retrained models.")
     return figure
-
-
-def write_audit(folder: Path, content: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Write ``audit.npz``, ``audit.md``, ``audit.png`` and, last, ``audit.json``, whole or not."""
-    image, packed = io.BytesIO(), io.BytesIO()
-    audit_figure(content).savefig(image, format="png", dpi=120)
-    np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
-    files = {"audit.npz": packed.getvalue(), "audit.md": render_audit(content).encode()}
-    files |= {"audit.png": image.getvalue(), "audit.json": json_bytes(content)}
-    write_files(folder, files)

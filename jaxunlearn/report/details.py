@@ -5,6 +5,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxunlearn.report.features import FEATURE_MODELS, representations
+from jaxunlearn.report.outputs import (
+    ATTACKS_HEADER,
+    ATTACKS_READING,
+    DISTANCES_HEADER,
+    DISTANCES_READING,
+    SCORES_HEADER,
+    SCORES_READING,
+    attack_rows,
+    distance_rows,
+    score_rows,
+)
+from jaxunlearn.report.relearning import relearning_reading, relearning_rows
 from jaxunlearn.report.tables import MISSING, MODELS, percent, points
 from jaxunlearn.report.vector import VECTOR_FEATURES, vector_feature_rows
 
@@ -62,11 +74,11 @@ def details(report: Mapping[str, Any]) -> list[Section]:
         info["leak max"] = max(defined)
     listed = {key: info.pop(key) for key in list(info) if _are_rows(info[key])}
     sections = [
-        Section(f"Method: {report['method']['name']}", FACTS, _facts(info)),
+        Section(f"Method: {report['method']['name']}", FACTS, facts(info)),
         _row_section("Layers", [{"layer": path} | layer for path, layer in layers.items()]),
         *(_row_section(key.capitalize(), rows) for key, rows in listed.items()),
         _feature_section(report),
-        Section("Feature settings", FACTS, _facts(report.get("representation") or {})),
+        Section("Feature settings", FACTS, facts(report.get("representation") or {})),
         _vector_section(report.get("forget_vector")),
         Section(
             "Features with and without the vector",
@@ -75,18 +87,27 @@ def details(report: Mapping[str, Any]) -> list[Section]:
             _WITHOUT,
         ),
         _shift_section(report["models"]),
+        Section("Relearn times", *relearning_rows(report), relearning_reading(report)),
+        Section("Loss contour", FACTS, facts(report.get("loss_contour") or {})),
+        Section("Membership attacks", ATTACKS_HEADER, attack_rows(report), ATTACKS_READING),
         _attack_section(report["models"]),
+        Section("Distances", DISTANCES_HEADER, distance_rows(report), DISTANCES_READING),
+        Section("Scores", SCORES_HEADER, score_rows(report), SCORES_READING),
         _cost_section(report["seconds"], report["peak_memory_mb"]),
         _pseudo_label_section(report["pseudo_labels"]),
-        Section("Data", ("set", "examples"), _facts(counts)),
-        Section("Environment", FACTS, _facts(report["environment"])),
-        Section("Config", FACTS, _facts(report["config"])),
+        Section("Data", ("set", "examples"), facts(counts)),
+        Section("Environment", FACTS, facts(report["environment"])),
+        Section("Config", FACTS, facts(report["config"])),
     ]
     return [section for section in sections if section.rows]
 
 
-def printed(value: Any) -> str:
+def printed(value: Any, file: str = "report.json") -> str:
     """One value as text: six digits, a dash for nothing, a long list cut short.
+
+    Args:
+      value: any of JSON.
+      file: which holds a list that is cut.
 
     Examples:
       >>> printed(0.1 + 0.2), printed(None), printed(True), printed([1, 2 / 3])
@@ -101,7 +122,7 @@ def printed(value: Any) -> str:
     if isinstance(value, list):
         value = [float(f"{v:.6g}") if isinstance(v, float) else v for v in value]
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… (whole in report.json)"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… (whole in {file})"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -112,8 +133,14 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield prefix + key, value
 
 
-def _facts(tree: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    return [(key, printed(value)) for key, value in _flat(tree)]
+def facts(tree: Mapping[str, Any], file: str = "report.json") -> list[tuple[str, ...]]:
+    """Rows of names and printed values, inner mappings by dotted names.
+
+    Examples:
+      >>> facts({"train": {"epochs": 5}, "seed": 0})
+      [('train.epochs', '5'), ('seed', '0')]
+    """
+    return [(key, printed(value, file)) for key, value in _flat(tree)]
 
 
 def _are_rows(value: Any) -> bool:
@@ -149,7 +176,7 @@ def _attack_section(models: Mapping[str, Any]) -> Section:
     }
     keys = list(dict.fromkeys(key for detail in flat.values() for key in detail))
     rows = [(key, *(printed(flat[name].get(key)) for name in MODELS)) for key in keys]
-    return Section("Membership attack", ("", *MODELS), rows)
+    return Section("Attack behind MIA efficacy", ("", *MODELS), rows)
 
 
 def _vector_section(roles: Mapping[str, Any] | None) -> Section:

@@ -35,16 +35,19 @@ WIDTH = 11.0  # inches: the page's column at 96 dots per inch
 _LONGEST_PATH = 40
 
 
-def sheet(height: float, panels: int = 1, *, share: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure of the page's width with one row of panels; no pyplot, so nothing global changes.
+def sheet(
+    height: float, panels: int = 1, *, rows: int = 1, share: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure of the page's width with rows of panels; no pyplot, so nothing global changes.
 
     Args:
       height: in inches.
       panels: number of axes side by side.
+      rows: of panels.
       share: whether the panels share both axes.
 
     Returns:
-      The figure and its axes, left to right.
+      The figure and its axes, left to right and from the top down.
 
     Examples:
       >>> figure, axes = sheet(2.0, 3)
@@ -52,12 +55,12 @@ def sheet(height: float, panels: int = 1, *, share: bool = False) -> tuple[Figur
       3
     """
     figure = Figure(figsize=(WIDTH, height), layout="compressed")
-    grid = figure.subplots(1, panels, squeeze=False, sharex=share, sharey=share)
-    for axes in grid[0]:
+    grid = figure.subplots(rows, panels, squeeze=False, sharex=share, sharey=share)
+    for axes in grid.flat:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9)
         axes.set_axisbelow(True)
-    return figure, list(grid[0])
+    return figure, list(grid.flat)
 
 
 def check_names(names: Sequence[str], num_classes: int) -> None:

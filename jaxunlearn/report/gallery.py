@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from jaxunlearn.report.alignment import alignment_by_layer, alignment_by_rank, alignment_curve
 from jaxunlearn.report.coefficients import COEFFICIENT_KEYS, coefficient_maps
 from jaxunlearn.report.confusion import confusion_pair
+from jaxunlearn.report.contour import contour_figure
 from jaxunlearn.report.costs import runtime_bars
 from jaxunlearn.report.curves import forgetting_curve
 from jaxunlearn.report.embedding import embedding_panels
@@ -21,6 +22,7 @@ from jaxunlearn.report.figures import (
     subspace_bars,
 )
 from jaxunlearn.report.grids import MEASURES, alpha_heat_map
+from jaxunlearn.report.relearning import relearning_curves
 from jaxunlearn.report.saliency import saliency_panels
 from jaxunlearn.report.spectra import angle_lines, spectrum_panels
 from jaxunlearn.report.tables import MODELS
@@ -42,7 +44,8 @@ def report_figures(
         ``[m]`` with ``saliency_images`` ``[m, h, w, c]``, ``saliency_labels`` and
         ``saliency_forget`` ``[m]``. Of the features ``spectrum_retain_{model}``,
         ``spectrum_forget_{model}``, ``alignment_by_rank_{model}`` ``[d]`` and ``angles_{model}``
-        ``[r]``. Empty: none of these figures.
+        ``[r]``. Of the loss ``contour_axis`` ``[p]``, ``contour_retain`` and ``contour_forget``
+        ``[p, p]``. Empty: none of these figures.
 
     Returns:
       Heading to figure, in reading order.
@@ -80,6 +83,10 @@ def report_figures(
         figures["Forget vector"] = vector_image(delta)
     if report["pseudo_labels"] is not None:
         figures["Pseudo-labels"] = _pseudo_labels(report["pseudo_labels"], classes)
+    if contour := report.get("loss_contour"):
+        figures["Loss contour"] = contour_figure(contour, arrays)
+    if report.get("relearning"):
+        figures["Relearning"] = relearning_curves(report)
     return figures | _method_figures(report)
 
 

@@ -30,14 +30,8 @@ def render_html(report: Mapping[str, Any], figures: Mapping[str, Figure]) -> str
       >>> render_html(example_report(), {}).splitlines()[0]
       '<!DOCTYPE html>'
     """
-    environment = Environment(
-        loader=PackageLoader("jaxunlearn.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("template.html").render(
+    return fill(
+        "template.html",
         title=wording.title(report),
         forgotten=wording.forgotten(report["problem"]),
         findings=wording.findings(report),
@@ -53,6 +47,27 @@ def render_html(report: Mapping[str, Any], figures: Mapping[str, Figure]) -> str
         facts=FACTS,
         limits=wording.LIMITS,
     )
+
+
+def fill(template: str, **values: Any) -> str:
+    """A page of this package's templates; every value is escaped, a missing one is an error.
+
+    Args:
+      template: a file beside this one, which extends ``base.html``.
+      **values: what it names.
+
+    Examples:
+      >>> fill("base.html", title="a < b").splitlines()[5]
+      '<title>a &lt; b</title>'
+    """
+    environment = Environment(
+        loader=PackageLoader("jaxunlearn.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(values)
 
 
 def image_uri(figure: Figure) -> str:

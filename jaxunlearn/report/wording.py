@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxunlearn.report.feature_findings import feature_findings
+from jaxunlearn.report.relearning import relearning_findings
 from jaxunlearn.report.tables import MODELS, SPLITS, percent, points, rate
 
 READING = (
@@ -123,7 +124,7 @@ def findings(report: Mapping[str, Any]) -> list[str]:
         ]
         sentences.append(f"{subject}: {', '.join(shares)}.")
     sentences.append(_distance(report["gap_to_retrain"], report["problem"]["scope"]))
-    sentences += feature_findings(report)
+    sentences += feature_findings(report) + relearning_findings(report)
     counts = report["problem"]["counts"]
     if counts["retain_sample"] is not None:
         sentences.append(
