@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from jaxunlearn.alignment_profile import alignment_profile
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import ApplyFn
-from jaxunlearn.config import EvaluateConfig, RepresentationConfig
 from jaxunlearn.data import Examples, Source, Splits
+from jaxunlearn.evaluate_config import EvaluateConfig, RepresentationConfig
 from jaxunlearn.evaluation.report import SPLITS, evaluate_model, gap_to_retrain
 from jaxunlearn.evaluation.representation import pca_embedding, pseudo_label_histogram
 from jaxunlearn.feature_assessment import FeatureAssessment, assess_features

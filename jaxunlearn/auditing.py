@@ -184,6 +184,7 @@ class _Families:
                 epochs=config.epochs,
                 augment=base.augment,
                 together=self.together,
+                mesh=base.mesh,
             )
             if name == "original":
                 save_variables(self._originals(first), family)

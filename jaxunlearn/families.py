@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key, PRNGKeyArray
 
 from jaxunlearn.batches import Batches, epoch_indices
 from jaxunlearn.capture import ApplyFn, describe_layers
 from jaxunlearn.epochs import scan_epochs
+from jaxunlearn.sharding import AXIS, replicate, unreplicate
 from jaxunlearn.steps import Augment, Step, TrainState, train_step
 from jaxunlearn.training import fit
 
@@ -33,6 +35,7 @@ def fit_family(
     epochs: int,
     augment: Augment | None = None,
     together: bool | None = None,
+    mesh: Mesh | None = None,
 ) -> Any:
     """Train one model for every key; each is what :func:`jaxunlearn.training.fit` makes of its key.
 
@@ -48,9 +51,11 @@ def fit_family(
       augment: ``(key, inputs) -> inputs``.
       together: in one program, or one after another; by default together unless the model has
         convolutions and the backend is the CPU's. Same result up to rounding.
+      mesh: devices that share the models, when these are trained together, or each batch, when
+        they are not.
 
     Returns:
-      Variables, each leaf with a leading axis ``[m]``.
+      Variables, each leaf with a leading axis ``[m]``, on one device.
 
     Raises:
       FloatingPointError: a loss is no longer finite.
@@ -70,7 +75,7 @@ def fit_family(
     """
     if together is None:
         together = trains_together(apply_fn, jax.eval_shape(init_fn, keys[0]), batches)
-    settings = {"optimizer": optimizer, "epochs": epochs, "augment": augment}
+    settings = {"optimizer": optimizer, "epochs": epochs, "augment": augment, "mesh": mesh}
     if together:
         return _together(keys, apply_fn, init_fn, batches, **settings)
     models = []
@@ -114,25 +119,31 @@ def _together(
     optimizer: optax.GradientTransformation,
     epochs: int,
     augment: Augment | None,
+    mesh: Mesh | None,
 ) -> Any:
-    split = jax.vmap(jax.random.split)
+    count, split = len(keys), jax.vmap(jax.random.split)
+    if mesh is not None:  # every device gets as many models: some are made twice
+        keys = keys[np.arange(-(-count // mesh.size) * mesh.size) % count]
+        keys = jax.device_put(keys, NamedSharding(mesh, PartitionSpec(AXIS)))
     init_keys, fit_keys = split(keys).T
     order_keys, step_keys = split(fit_keys).T
     step = train_step(apply_fn, optimizer, augment=augment)
     variables = jax.vmap(init_fn)(init_keys)
     states = TrainState(variables, jax.vmap(optimizer.init)(variables["params"]))
     consts = {"inputs": jnp.asarray(batches.inputs), "labels": jnp.asarray(batches.labels)}
+    consts = replicate(mesh, consts)
     n, size = batches.num_examples, batches.batch_size
     for epoch in range(epochs):
         xs = _order(n, size, order_keys, epoch)
         states, losses = _epoch(step, consts, step_keys, states, xs)
-        if not np.isfinite(losses).all():
+        if broken := int((~np.isfinite(losses[:count])).sum()):
             raise FloatingPointError(
-                f"the training loss of {int((~np.isfinite(losses)).sum())} of {len(keys)} models "
+                f"the training loss of {broken} of {count} models "
                 f"is not finite in epoch {epoch + 1}: lower train.learning_rate or lengthen "
                 "train.warmup_epochs"
             )
-    return states.variables
+    family = unreplicate(mesh, replicate(mesh, states.variables))
+    return jax.tree.map(lambda leaf: leaf[:count], family)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxunlearn.config import RepresentationConfig
+from jaxunlearn.evaluate_config import RepresentationConfig
 from jaxunlearn.evaluation.alignment import RetainSpace
 from jaxunlearn.evaluation.alignment_options import AlignmentOptions, normed, space_of
 from jaxunlearn.evaluation.feature_marks import feature_gap, inside, mark, null_width

@@ -17,8 +17,8 @@ from jaxtyping import PRNGKeyArray
 
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import ApplyFn
-from jaxunlearn.config import RelearnConfig
 from jaxunlearn.epochs import run_epoch
+from jaxunlearn.evaluate_config import RelearnConfig
 from jaxunlearn.evaluation.relearning import (
     ForgetMarks,
     Relearned,

@@ -12,8 +12,8 @@ from jaxtyping import Array, PRNGKeyArray
 
 from jaxunlearn.batches import Batches
 from jaxunlearn.capture import ApplyFn
-from jaxunlearn.config import EvaluateConfig
 from jaxunlearn.data import Examples, Source
+from jaxunlearn.evaluate_config import EvaluateConfig
 from jaxunlearn.evaluation.report import evaluate_model, predict, unlearning_figures
 from jaxunlearn.evaluation.shifts import SHIFTS, image_keys, shifted
 from jaxunlearn.sharding import replicate, shard_batch

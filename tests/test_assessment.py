@@ -8,7 +8,7 @@ import pytest
 
 from jaxunlearn import describe_layers, load_source, split
 from jaxunlearn.assessment import assess
-from jaxunlearn.config import EvaluateConfig
+from jaxunlearn.evaluate_config import EvaluateConfig
 from jaxunlearn.evaluation.saliency import grad_cam
 from jaxunlearn.report import example_report, report_figures
 from jaxunlearn.saliency_assessment import saliency_arrays

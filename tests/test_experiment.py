@@ -14,7 +14,8 @@ from sklearn.datasets import load_digits
 
 from jaxunlearn import experiment, preparation, training
 from jaxunlearn.assessment import retain_sample
-from jaxunlearn.config import EvaluateConfig, config_from_mapping
+from jaxunlearn.config import config_from_mapping
+from jaxunlearn.evaluate_config import EvaluateConfig
 from jaxunlearn.experiment import run
 from jaxunlearn.methods import METHODS, Method, Unlearned
 from jaxunlearn.preparation import prepare

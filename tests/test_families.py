@@ -8,6 +8,7 @@ import pytest
 from jaxunlearn.batches import Batches
 from jaxunlearn.families import fit_family, member, stacked, trains_together
 from jaxunlearn.models import MLP
+from jaxunlearn.sharding import data_mesh
 from jaxunlearn.training import fit, sgd
 
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -44,6 +45,14 @@ def test_each_model_is_the_one_that_its_key_alone_gives(family):
 def test_together_and_one_after_another_are_the_same(family):
     loop = fit_family(KEYS, MODEL.apply, init, BATCHES, together=False, **SETTINGS)
     assert_close(family, loop)
+
+
+def test_devices_share_the_models_whose_number_they_need_not_divide(family):
+    mesh = data_mesh()
+    assert mesh.size > len(KEYS)
+    spread = fit_family(KEYS, MODEL.apply, init, BATCHES, together=True, mesh=mesh, **SETTINGS)
+    assert_close(family, spread)
+    assert {len(leaf.devices()) for leaf in jax.tree.leaves(spread)} == {1}
 
 
 def test_models_of_a_family_differ(family):

@@ -8,7 +8,7 @@ import pytest
 
 from jaxunlearn import load_source, split
 from jaxunlearn.assessment import assess
-from jaxunlearn.config import EvaluateConfig, RepresentationConfig
+from jaxunlearn.evaluate_config import EvaluateConfig, RepresentationConfig
 from jaxunlearn.evaluation.alignment_options import align
 from jaxunlearn.evaluation.clustering import (
     contingency,

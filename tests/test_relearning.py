@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxunlearn import Batches, anamnesis_index, relearn_models, relearn_target, relearn_time, run
-from jaxunlearn.config import RelearnConfig, config_from_mapping
+from jaxunlearn.config import config_from_mapping
+from jaxunlearn.evaluate_config import RelearnConfig
 from jaxunlearn.evaluation.relearning import ForgetMarks, forget_marks
 from jaxunlearn.relearning import assess_relearning, mild_head_edit, relearning_draws
 from jaxunlearn.report import (

@@ -11,8 +11,9 @@ import pytest
 from scipy import ndimage
 
 from jaxunlearn.assessment import measured_rows
-from jaxunlearn.config import EvaluateConfig, ShiftsConfig, config_from_mapping
+from jaxunlearn.config import config_from_mapping
 from jaxunlearn.data import Examples, Source, split
+from jaxunlearn.evaluate_config import EvaluateConfig, ShiftsConfig
 from jaxunlearn.evaluation.shifts import (
     PGD,
     SHIFTS,

@@ -100,6 +100,29 @@ def test_control_one_standard_deviation_is_told_apart_as_gaussians_are():
     assert ulira(u - 1, r).accuracy == pytest.approx(stats.norm.cdf(0.5), abs=0.015)
 
 
+def test_kernels_score_each_model_by_the_others_and_find_two_modes():
+    rng = np.random.default_rng(0)
+    r = rng.normal(size=(64, 100))
+    u = np.where(rng.random((64, 100)) < 0.5, -0.98, 0.98) + 0.2 * rng.normal(size=(64, 100))
+    found = ulira(u, r, density="kde")
+    assert found.accuracy > ulira(u, r).accuracy + 0.1  # mean and variance are the same
+    null = ulira(rng.normal(size=(64, 100)), r, density="kde")
+    assert null.accuracy == pytest.approx(0.5, abs=0.04)
+
+    def log_density(x, sample):
+        width = 1.06 * sample.std(ddof=1) * len(sample) ** -0.2
+        return np.log(np.mean(np.exp(-((x - sample) ** 2) / (2 * width**2)) / width))
+
+    others = np.delete(u[:, 3], 5)
+    slow = log_density(u[5, 3], others) - log_density(u[5, 3], r[:, 3])
+    assert found.unlearned_scores[5, 3] == pytest.approx(slow, rel=2e-3)  # 1.06 is rounded
+
+
+def test_an_unknown_density_is_refused():
+    with pytest.raises(ValueError, match='density="box": write "gaussian" or "kde"'):
+        ulira(np.zeros((3, 1)), np.zeros((3, 1)), density="box")
+
+
 def test_few_models_gain_by_a_pooled_variance():
     u, r = _families(4, 2000)
     assert ulira(u + 1, r, pooled_variance=True).accuracy > ulira(u + 1, r).accuracy + 0.02
