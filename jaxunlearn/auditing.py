@@ -87,7 +87,7 @@ def run_audit(asked: Audit, *, console: Console | None = None) -> dict[str, Any]
         controls.append(Entry("head_edit", UnlearnConfig("head_edit")))
     runs = {entry.title: with_method(base, entry.unlearn) for entry in (*controls, *asked.entries)}
     sample = _sample(base, settings.examples)
-    families = _Families(base, sample, settings.models, console)
+    families = _Families(base, sample, settings.models, len(runs), console)
     logits = {name: families.trained(name) for name in ("original", "retrained")}
     failed = {}
     for title, prepared in runs.items():
@@ -152,9 +152,12 @@ def _sample(base: Prepared, most: int) -> Sample:
 class _Families:
     """The families of an audit, each model made once and kept in the audit's folder."""
 
-    def __init__(self, base: Prepared, sample: Sample, models: int, console: Console | None):
+    def __init__(
+        self, base: Prepared, sample: Sample, models: int, methods: int, console: Console | None
+    ):
         self.base, self.sample, self.models, self.console = base, sample, models, console
         self.seconds: dict[str, float] = {}
+        self.ready, self.wanted = 0, models * (3 + methods)
         self.batches = Batches(sample.inputs, sample.labels, _ANSWERED)
         stages = identity_of(base)
         stages.pop("unlearned")
@@ -249,26 +252,30 @@ class _Families:
         """Logits ``[count, n, k]``: those that are kept, and the others made."""
         folder = self.folder / (file or name)
         folder.mkdir(parents=True, exist_ok=True)
-        parts, spent, fresh = [], 0.0, 0
+        parts = []
         for first in range(0, count, chunk):
             path = folder / f"{first:05d}.npz"
-            if not path.exists():
+            if fresh := not path.exists():
                 started = time.perf_counter()
                 logits = make(first)
                 seconds = time.perf_counter() - started
                 temporary = path.with_suffix(".part.npz")
                 np.savez(temporary, logits=logits, seconds=seconds)
                 temporary.rename(path)
-                fresh += len(logits)
-                spent += seconds
-                left = spent / fresh * (count - first - len(logits))
-                self._tell(name, first + len(logits), count, left)
             with np.load(path) as found:
                 parts.append(found["logits"])
                 self.seconds[name] = self.seconds.get(name, 0.0) + float(found["seconds"])
+            self.ready += len(parts[-1])
+            if fresh:
+                self._tell(name, first + len(parts[-1]), count)
         return np.concatenate(parts)
 
-    def _tell(self, name: str, done: int, count: int, left: float) -> None:
+    def _tell(self, name: str, done: int, count: int) -> None:
+        """How far it is; the time left is that of models that take as long as those so far."""
         if self.console is not None and (done == count or done % max(1, count // 4) == 0):
-            line = f"{name}: {done} of {count} models, about {left:.0f} s left for these"
+            left = sum(self.seconds.values()) / self.ready * (self.wanted - self.ready)
+            line = (
+                f"{name}: {done} of {count} models; {self.ready} of {self.wanted} in all, "
+                f"about {left:.0f} s left"
+            )
             self.console.print(line, highlight=False, markup=False)

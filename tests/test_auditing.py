@@ -1,9 +1,12 @@
 """An audit from a configuration to its folder; what its numbers mean is tests/test_audit.py."""
 
+import io
 import json
+import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from jaxunlearn.audit_config import audit_from_mapping, load_audit
 from jaxunlearn.auditing import run_audit
@@ -38,8 +41,19 @@ def asked(folder):
 
 
 @pytest.fixture(scope="module")
-def content(asked):
-    return run_audit(asked)
+def console():
+    return Console(record=True, file=io.StringIO(), width=100)
+
+
+@pytest.fixture(scope="module")
+def content(asked, console):
+    return run_audit(asked, console=console)
+
+
+def test_progress_says_how_far_the_audit_is_and_how_long_it_takes(content, console):
+    told = console.export_text()
+    assert "retrained: 16 of 16 models; 24 of 56 in all, about " in told
+    assert re.search(r"finetune: 8 of 8 models; 48 of 56 in all, about \d+ s left", told)
 
 
 def test_the_folder_holds_what_the_call_returns(folder, content):
