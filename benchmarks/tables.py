@@ -216,6 +216,11 @@ def speed_table(results: list[dict[str, Any]]) -> str:
 
 _TRAIN_FIRST = ("retain_train", "forget_train", "retain_test", "forget_test")
 _FRONT = ("forget_train", "retain_train", "forget_test", "retain_test")
+COMPARED = {
+    "class": "digits_compare",
+    "random": "digits_compare_random",
+    "fashion": "fashion_mnist_compare",
+}
 TABLES: dict[str, Callable[[], str]] = {
     "output": output,
     "reports": reports,
@@ -255,14 +260,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "vectors_cifar10_requests": partial(
         vector_tables.image_requests, "cifar10_resnet20_forget_vectors"
     ),
-    "compared_class": partial(compare_tables.comparison, "compare_digits_compare"),
-    "compared_class_reasons": partial(compare_tables.reasons, "compare_digits_compare"),
-    "compared_class_nearest": partial(compare_tables.nearest, "compare_digits_compare"),
+    **{
+        f"compared_{problem}{suffix}": partial(read, f"compare_{name}")
+        for problem, name in COMPARED.items()
+        for suffix, read in (
+            ("", compare_tables.comparison),
+            ("_reasons", compare_tables.reasons),
+            ("_nearest", compare_tables.nearest),
+        )
+    },
     "search": partial(compare_tables.search, "tune_digits_tune"),
     "searched": partial(compare_tables.searched, "tune_digits_tune"),
-    "compared_random": partial(compare_tables.comparison, "compare_digits_compare_random"),
-    "compared_random_reasons": partial(compare_tables.reasons, "compare_digits_compare_random"),
-    "compared_random_nearest": partial(compare_tables.nearest, "compare_digits_compare_random"),
     "imported": imported,
     "speed": speed,
 }

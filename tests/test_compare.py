@@ -144,6 +144,13 @@ def test_the_page_names_every_method_and_what_failed(content):
     assert Path("runs/toy/compare.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_without_gaps_nobody_is_ranked_and_failures_are_told(content):
+    blind = {"summary": [line | {"gap": None} for line in content["summary"]]}
+    first, *others = findings(blind)
+    assert first == "No method can be ranked: no row has a gap to a retrained model."
+    assert others == findings(content)[1:]
+
+
 def test_rows_that_are_there_are_not_made_again_but_failed_ones_are(content, monkeypatch):
     made = []
 

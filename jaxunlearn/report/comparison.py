@@ -111,8 +111,9 @@ def findings(content: Mapping[str, Any]) -> list[str]:
         said.append(
             "Nearest to the retrained model by the mean gap, in points: " + ", ".join(ranked) + "."
         )
-    said += [f"{x['title']}: {_counted(x)}." for x in lines if x["others"]]
-    return said or ["No method can be ranked: there is no retrained model."]
+    else:
+        said.append("No method can be ranked: no row has a gap to a retrained model.")
+    return said + [f"{x['title']}: {_counted(x)}." for x in lines if x["others"]]
 
 
 def comparison_figure(content: Mapping[str, Any]) -> Figure:
