@@ -115,9 +115,12 @@ def test_training_is_descent_on_these_labels(problem):
     assert (after.info["forget_passes"], after.info["retain_passes"]) == (2, 0)
 
 
-def test_the_scope_of_samples_is_refused(problem):
-    with pytest.raises(ValueError, match="boundary_shrink does not support scope 'samples'"):
-        boundary_shrink(KEY, dataclasses.replace(problem, forget_classes=()), SHORT)
+def test_samples_are_refused_unless_forced_and_then_get_another_class_than_their_own(problem):
+    samples = dataclasses.replace(problem, forget_classes=())
+    with pytest.raises(ValueError, match="single samples: .* write force = true"):
+        boundary_shrink(KEY, samples, SHORT)
+    forced = boundary_shrink(KEY, samples, dataclasses.replace(SHORT, force=True))
+    assert (forced.info["pseudo_labels"] != np.asarray(samples.forget.labels)).all()
 
 
 def test_inputs_that_are_no_pixels_are_refused_unless_they_are_not_clipped(problem, steep):

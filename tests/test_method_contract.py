@@ -184,7 +184,7 @@ CASES = {
     ),
     "boundary_shrink": Case(
         # Two checks, the attack, the labels, the step.
-        lambda f, r: {"forget_batch_size": f, "clip": False},
+        lambda f, r: {"forget_batch_size": f, "clip": False, "force": True},
         traces=5,
         mesh=True,
     ),

@@ -5,7 +5,7 @@
     θ ← θ - η ∇ mean cross-entropy with ỹ                       forget data
 
 Chen et al. (arXiv:2303.11570). The retain data are never read. For single samples there is no
-boundary of a class to shrink, and the scope is refused.
+boundary of a class to shrink: they are refused unless ``force`` is set.
 """
 
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ from jaxunlearn.methods.phases import (
 from jaxunlearn.steps import loss_gradient
 
 NEEDS = frozenset({"forget"})
-SCOPES = frozenset({"class", "classes"})
+SCOPES = frozenset({"class", "classes", "samples"})
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class BoundaryShrinkConfig:
       clip: attacked images are clipped to pixels in [0, 1], where the inputs must be. Without,
         inputs may be any floats, such as normalised images.
       labels: ``"allowed"`` takes the best of the classes that are not forgotten, ``"all"`` of all
-        of them, the true one included, as published.
+        of them, the true one included, as published. Of single samples ``"allowed"`` are all but
+        their own.
+      force: take single samples, too.
       epochs: passes over the forget data.
       learning_rate: constant.
       momentum: of SGD.
@@ -61,6 +63,7 @@ class BoundaryShrinkConfig:
     random_start: bool = False
     clip: bool = True
     labels: Labels = "allowed"
+    force: bool = False
     epochs: int = 10
     learning_rate: float = 1e-5
     momentum: float = 0.9
@@ -97,8 +100,8 @@ def boundary_shrink(
 
     Args:
       key: batch order, dropout, random starts.
-      problem: model and forget data; scopes class and classes. ``pixel_scale`` says what a pixel
-        is.
+      problem: model and forget data; scopes class and classes, and samples if ``force`` is set.
+        ``pixel_scale`` says what a pixel is.
       config: settings.
 
     Returns:
@@ -146,9 +149,14 @@ def check_boundary_shrink(problem: UnlearningProblem, config: BoundaryShrinkConf
     """Refuse settings that do not fit a problem.
 
     Raises:
-      ValueError: a model that does not train; inputs that are no pixels, unless ``clip`` is off;
-        with ``clip`` off, integers.
+      ValueError: single samples without ``force``; a model that does not train; inputs that are no
+        pixels, unless ``clip`` is off; with ``clip`` off, integers.
     """
+    if not (problem.forget_classes or config.force):
+        raise ValueError(
+            "boundary_shrink of single samples: there is no boundary of a class to shrink; write "
+            "force = true to train each on its nearest other class all the same"
+        )
     check_descends(problem, config)
     inputs, scale = problem.forget.inputs, problem.pixel_scale
     if not config.clip:
