@@ -117,7 +117,7 @@ def test_training_is_descent_on_these_labels(problem):
 
 def test_samples_are_refused_unless_forced_and_then_get_another_class_than_their_own(problem):
     samples = dataclasses.replace(problem, forget_classes=())
-    with pytest.raises(ValueError, match="single samples: .* write force = true"):
+    with pytest.raises(ValueError, match=r"single samples: .* write force = true"):
         boundary_shrink(KEY, samples, SHORT)
     forced = boundary_shrink(KEY, samples, dataclasses.replace(SHORT, force=True))
     assert (forced.info["pseudo_labels"] != np.asarray(samples.forget.labels)).all()
