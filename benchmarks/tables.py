@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import alignment_tables, compare_tables, vector_tables
+from benchmarks import alignment_tables, audit_tables, compare_tables, vector_tables
 from benchmarks.alignment_tables import percent as _percent
 from benchmarks.alignment_tables import table as _table
 from benchmarks.common import RESULTS, load_results, train_score
@@ -221,6 +221,7 @@ COMPARED = {
     "random": "digits_compare_random",
     "fashion": "fashion_mnist_compare",
 }
+AUDITED: dict[str, str] = {}
 TABLES: dict[str, Callable[[], str]] = {
     "output": output,
     "reports": reports,
@@ -269,6 +270,16 @@ TABLES: dict[str, Callable[[], str]] = {
             ("_nearest", compare_tables.nearest),
         )
     },
+    **{
+        f"audit_{problem}{suffix}": partial(read, f"audit_{name}")
+        for problem, name in AUDITED.items()
+        for suffix, read in (
+            ("", audit_tables.metrics),
+            ("_verdicts", audit_tables.verdict),
+            ("_seconds", audit_tables.seconds),
+        )
+    },
+    "relearned": partial(audit_tables.relearned, "digits_relearning"),
     "search": partial(compare_tables.search, "tune_digits_tune"),
     "searched": partial(compare_tables.searched, "tune_digits_tune"),
     "imported": imported,
