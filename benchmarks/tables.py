@@ -220,6 +220,7 @@ COMPARED = {
     "class": "digits_compare",
     "random": "digits_compare_random",
     "fashion": "fashion_mnist_compare",
+    "fashion_random": "fashion_mnist_compare_random",
 }
 AUDITED: dict[str, str] = {}
 TABLES: dict[str, Callable[[], str]] = {
