@@ -170,8 +170,8 @@ def _confidences(models: Sequence[Mapping[str, Outputs]]) -> Confidences:
     )
 
 
-def _rates(tpr: Sequence[TPRAtFPR]) -> dict[str, Any]:
-    return {f"{each.fpr:g}": each._asdict() for each in tpr}
+def _rates(tpr: Sequence[TPRAtFPR]) -> list[dict[str, Any]]:
+    return [each._asdict() for each in tpr]
 
 
 def distances(model: Splits, references: Sequence[Splits]) -> dict[str, dict[str, Any]]:
