@@ -221,6 +221,7 @@ COMPARED = {
     "random": "digits_compare_random",
     "fashion": "fashion_mnist_compare",
     "fashion_random": "fashion_mnist_compare_random",
+    "cifar10": "cifar10_resnet20_compare",
 }
 AUDITED: dict[str, str] = {}
 TABLES: dict[str, Callable[[], str]] = {
