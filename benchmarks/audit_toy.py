@@ -6,7 +6,7 @@ that was retrained anew, passed off as a method. Then nulls: five audits of 32 m
 other images to forget, of a family retrained anew.
 
     python -m benchmarks.audit_toy              the results that are committed
-    python -m benchmarks.audit_toy --models 8   a trial, printed only
+    python -m benchmarks.audit_toy --models 16  a trial, printed only
 """
 
 import argparse
